@@ -7,6 +7,7 @@ The source writes out every fused operation. -g0 compiles a quarter faster to th
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from itertools import chain
 
 from Cython.Build import cythonize
@@ -14,12 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off"]
-QUANTISED = [f"pygpt/csrc/quantised_{isa}.c" for isa in ("avx512vnni", "avxvnni", "avx2", "baseline", "neondot", "neon")]
-MICROKERNELS = [f"pygpt/csrc/micro_{isa}.c" for isa in ("avx512", "avx2", "baseline", "neon")] + QUANTISED
-HEADERS = [
-    f"pygpt/csrc/{name}.h"
-    for name in ("micro", "micro_body", "micro_training", "quantised_body", "quantise", "blocks", "sync", "trace", "sampler")
-]
+MICROKERNELS, HEADERS = sorted(glob("pygpt/csrc/*.c")), sorted(glob("pygpt/csrc/*.h"))
 CORES = os.cpu_count() or 1
 
 
@@ -41,20 +37,11 @@ class BuildSideBySide(build_ext):
 
 def extension(name, *sources, kernels=False):
     """Return one module of the package. kernels: whether it includes the headers of the kernels."""
-    return Extension(
-        f"pygpt.{name}",
-        [f"pygpt/{name}.pyx", *sources],
-        depends=[*HEADERS, "pygpt/_kernels.pxd"] if kernels else [],
-        include_dirs=["pygpt/csrc"] if kernels else [],
-        extra_compile_args=FLAGS,
-    )
+    own = {"depends": [*HEADERS, "pygpt/_kernels.pxd"], "include_dirs": ["pygpt/csrc"]} if kernels else {}
+    return Extension(f"pygpt.{name}", [f"pygpt/{name}.pyx", *sources], extra_compile_args=FLAGS, **own)
 
 
 if __name__ == "__main__":  # the processes that cythonize() starts import this file, too
-    modules = [
-        extension("_kernels", *MICROKERNELS, kernels=True),
-        extension("_reference"),
-        extension("_backward", kernels=True),
-        extension("_signals"),
-    ]
+    modules = [extension("_kernels", *MICROKERNELS, kernels=True), extension("_backward", kernels=True)]
+    modules += [extension("_reference"), extension("_signals")]
     setup(ext_modules=cythonize(modules, nthreads=CORES), cmdclass={"build_ext": BuildSideBySide})

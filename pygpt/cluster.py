@@ -78,10 +78,9 @@ class Complete(Closing):
 
     def identity(self) -> dict[str, Any]:
         """Return everything on which answers depend besides the rows, for JSON. The first call reads the whole model file."""
+        own = {"seed": self.seed, "logprobs": self.logprobs, "keep_going": self.keep_going, "options": self._options}
         arithmetic = {"weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
-        program = {"pygpt": __version__, "model": sha256_of(self.path), **arithmetic}
-        own = {name: getattr(self, name) for name in ("seed", "logprobs", "keep_going")}
-        return {**program, **own, "options": self._options}
+        return {"pygpt": __version__, "model": sha256_of(self.path), **arithmetic, **own}
 
     def seed_of(self, key: int | str) -> int:
         """Return the seed of a row: the first 8 bytes of the SHA-256 of "SEED/ID", little-endian."""
@@ -169,16 +168,14 @@ class Complete(Closing):
         return {"id": row["id"], **text, "tokens": done.tokens, "finish_reason": done.finish_reason, **infos}
 
     def _failed(self, row: Row, error: Exception) -> Answer:
-        if not self.keep_going:
-            raise error
-        return {"id": row.get("id"), "error": str(error)}
+        if self.keep_going:
+            return {"id": row.get("id"), "error": str(error)}
+        raise error
 
     def _score(self, prompt: list[int], continuations: list[list[int]]) -> list[Answer]:
         """Return the scores of continuations of a prompt. The prompt runs once; each continuation uses a copy of its cache."""
-        scores = []
-        for one, infos in zip(
-            continuations, score(self.model.network, self._cache, self._held, prompt, continuations), strict=True
-        ):
+        scores, found = [], score(self.model.network, self._cache, self._held, prompt, continuations)
+        for one, infos in zip(continuations, found, strict=True):
             logprobs = [info.logprob for info in infos]
             greedy = all(info.token == info.top[0][0] for info in infos)
             scores.append({"logprob": math.fsum(logprobs), "greedy": greedy, "tokens": one, "logprobs": logprobs})

@@ -16,7 +16,7 @@ from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
-from pygpt.commands.interrupts import made_of_ctrl_c
+from pygpt.commands.console import made_of_ctrl_c
 
 
 def raise_ctrl_c() -> None:

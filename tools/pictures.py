@@ -84,7 +84,7 @@ MEANING = {
     "generation": "the engine: requests in, tokens out",
     "activations": "what a step computes, and its edits",
     "network": "step(rows); key-value caches",
-    "hub": "finds models, downloads them",
+    "hub": "finds the model to use",
     "formats": "reads and writes every file",
     "pool": "a fixed set of threads",
     "cpus": "how many threads fit",

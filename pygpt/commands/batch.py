@@ -3,27 +3,9 @@
     pygpt batch in.jsonl -o out.jsonl -m gpt2 --max-new-tokens 32 --temp 0.8 --seed 7
     pygpt batch in.jsonl.zst -o out-3.jsonl.gz --shard 3/8
 
-A line of IN is a JSON object: "prompt" (text) or "tokens" (ids), and "id", a string or a whole number (default: the number of
-the line in IN, from 1). It may have its own options, named as those of GPT2.generate(): max_new_tokens, sampler, seed and so
-on. If it has "continuations", a list of texts or of lists of ids, it is scored instead of completed. A text is encoded alone,
-so begin a continuation with its space.
-
-OUT has a line for each line of IN, in its order:
-
-    id              of the line
-    text, tokens    the new text (absent if the vocabulary is unknown), and the new ids
-    finish_reason   stop or length
-    logprobs        with --logprobs, for each new token: token, logprob (nats), top (the most probable: id, logprob)
-    scores          of a scored line, for each continuation: logprob (the sum), greedy (whether each token is the most probable
-                    one), tokens, logprobs
-    error           with --keep-going, of a line that cannot be answered
-
-The seed of each line is the first 8 bytes of the SHA-256 of "SEED/ID". So OUT has the same bytes for any number of threads,
-shards and restarts. Shard I of N has a contiguous part of the lines: `cat` of all shards is the whole OUT.
-
-OUT.part holds the answers so far, and OUT gets its name when it is complete. OUT.job.json records IN, options, seed, model and
-version. If the job was killed, the same command continues it; if it is complete, the command does nothing. Other options are
-refused. Files whose names end in .gz or .zst are compressed.
+Each line of IN is a JSON object with a "prompt" or "tokens", and each line of OUT is its answer. OUT.part holds the answers so
+far, and OUT gets its name when it is complete. To continue a killed job, give the same command. docs/reference/batch.md
+describes the JSON and the files.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -34,20 +16,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
+from threading import Thread
 from typing import IO, Any
 
 from ..cluster import Complete
 from ..errors import InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.text import compress, is_compressed, read_lines, row_of
-from .console import Parser, say, status_of, whole
+from .console import Parser, Progress, say, status_of, whole
+from .convert import check_parent, writing
 from .options import add_completion_options, read_options
-from .progress import Progress
 
-MOST_SHARDS = 10**6
 Row = dict[str, Any]
 
 
@@ -58,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    usage = "pygpt batch IN.jsonl -o OUT.jsonl [options]"
-    parser = Parser(prog="pygpt batch", usage=usage, description=__doc__)
+    parser = Parser(prog="pygpt batch", usage="pygpt batch IN.jsonl -o OUT.jsonl [options]", description=__doc__)
     add = parser.add_argument
     add("source", metavar="IN", help="a file of JSON lines, possibly .gz or .zst")
     add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")
@@ -85,30 +67,46 @@ def run(options: argparse.Namespace) -> None:
     shard = shard_of(options.shard)
     given = {"seed": 0, "mmap": not options.no_mmap, **read_options(options)}
     given |= {name: getattr(options, name) for name in ("threads", "weights", "logprobs", "keep_going", "batch_size")}
-    packed, _ = map(is_compressed, (options.out, options.source))
+    out, source = options.out, options.source
+    packed, _ = map(is_compressed, (out, source))
+    found: list[Row] = []
     with Complete(options.model, **given) as complete:
-        digest, count = survey(options.source)
+
+        def identify() -> None:  # read the whole model, while the rows are checked and answered
+            with suppress(OSError):  # record() raises it
+                found.append(complete.identity())
+
+        hashing = Thread(target=identify, daemon=True)  # an error or Ctrl-C does not wait for it
+        hashing.start()
+        digest, count = survey(source)
         rows = range(shard[0] * count // shard[1], (shard[0] + 1) * count // shard[1])
-        record = {**complete.identity(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
-        with opened(options.out, json.loads(json.dumps(record)), force=options.force) as part:
-            if part is None:
-                return say(f"{options.out} is complete already; to answer the lines again, use --force")
-            check_rows(complete, options.source, rows)
-            answer(complete, options.source, rows, part)
+
+        def record() -> Row:
+            hashing.join()
+            return {**(found[0] if found else complete.identity()), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
+
+        with opened(out, force=options.force) as part:
+            if begun := os.path.exists(out) or os.fstat(part.fileno()).st_size > 0:
+                compare(out, json.loads(json.dumps(record())))
+            if os.path.exists(out):
+                part.truncate(0)
+                return say(f"{out} is complete already; to answer the lines again, use --force")
+            check_rows(complete, source, rows)
+            answer(complete, source, rows, part, None if begun else record)
             os.fsync(part.fileno())
             if packed:
-                compress(f"{options.out}.part", options.out)
-                os.unlink(f"{options.out}.part")
+                compress(part.name, out)
+                os.unlink(part.name)
             else:
-                os.replace(f"{options.out}.part", options.out)
-    return say(f"wrote {options.out}: {len(rows)} answers")
+                os.replace(part.name, out)
+    return say(f"wrote {out}: {len(rows)} answers")
 
 
 def shard_of(text: str) -> tuple[int, int]:
     """Read the value of --shard."""
     found = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 <= index < count <= MOST_SHARDS:
+    if not 0 <= index < count <= 10**6:
         raise InputError(f"--shard is {text[:40]!r}: it must be I/N, such as 0/8, with I from 0 to N - 1")
     return index, count
 
@@ -145,30 +143,30 @@ def check_rows(complete: Complete, path: str, wanted: range) -> None:
         seen.add(key)
 
 
-def answer(complete: Complete, path: str, wanted: range, part: "IO[bytes]") -> None:
-    """Keep the answers that `part` holds already, and append those of the other rows."""
+def answer(complete: Complete, path: str, wanted: range, part: IO[bytes], record: Callable[[], Row] | None) -> None:
+    """Keep the answers that `part` holds already, and append those of the other rows. record: to write before the first."""
     kept = keep_answers(part, (row["id"] for _, row in rows_of(path, wanted)))
     left = (row for _, row in rows_of(path, range(wanted.start + kept, wanted.stop)))
     with Progress("prompts", len(wanted), kept) as progress:
-        for done, found in enumerate(complete.rows(left), kept + 1):
-            try:
-                line = json.dumps(found).encode() + b"\n"
+        answers = complete.rows(left)
+        first = [*islice(answers, 1)]
+        if record is not None:
+            with atomic_file(f"{part.name.removesuffix('.part')}.job.json") as file:
+                file.write(json.dumps(record(), indent=1).encode() + b"\n")
+        for done, found in enumerate(chain(first, answers), kept + 1):
+            line = json.dumps(found).encode() + b"\n"
+            with writing(part.name, "the answers"):
                 while line:  # the file is not buffered, so that no later flush can fail
                     line = line[part.write(line) :]
-            except OSError as error:
-                raise PyGPTError(f"{part.name}: cannot write the answers: {error.strerror or error}") from None
             progress.update(done)
 
 
-def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
+def keep_answers(part: IO[bytes], keys: Iterator[object]) -> int:
     """Count the whole answers at the beginning of a part, one for each key, and cut off the rest."""
     count = end = 0
-    with open(part.name, "rb") as lines:
+    with open(part.name, "rb") as lines, suppress(ValueError, TypeError, KeyError):  # of a damaged line
         for line, key in zip(lines, keys, strict=False):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["id"] != key:
-                    break
-            except (ValueError, TypeError, KeyError):
+            if not line.endswith(b"\n") or json.loads(line)["id"] != key:
                 break
             count, end = count + 1, end + len(line)
     part.seek(end)
@@ -177,12 +175,10 @@ def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
 
 
 @contextmanager
-def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[bytes] | None]":
-    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete. Raises
-    InputError if the files belong to a job with another record."""
-    folder, name = os.path.dirname(os.path.realpath(path)), f"{path}.part"
-    if not os.path.isdir(folder):
-        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
+def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
+    """Open OUT.part for reading and writing, and keep other processes out. Leave nothing of a job without answers."""
+    name, record = f"{path}.part", f"{path}.job.json"
+    check_parent(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
     with open(name, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as part:
@@ -193,33 +189,25 @@ def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[by
             raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
         try:
             if force:  # delete OUT first: the new record must never exist together with an old OUT
-                for old in (path, f"{path}.job.json"):
-                    with suppress(FileNotFoundError):
-                        os.unlink(old)
+                Path(path).unlink(missing_ok=True)
+                Path(record).unlink(missing_ok=True)
                 part.truncate(0)
-            compare(path, record, begun=os.fstat(part.fileno()).st_size > 0)
-            if done := os.path.exists(path):
-                part.truncate(0)
-            yield None if done else part
+            yield part
         finally:
-            if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):
-                os.unlink(name)  # it has no answers
+            if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):  # it has no answers
+                os.unlink(name)
+                if not os.path.exists(path):
+                    Path(record).unlink(missing_ok=True)
 
 
-def compare(path: str, record: dict[str, Any], *, begun: bool) -> None:
-    """Write the record of a new job, or compare it with that of the job that continues."""
+def compare(path: str, record: Row) -> None:
+    """Raise InputError if the record of the job that began OUT is missing or differs from this record."""
     name = f"{path}.job.json"
     if not os.path.exists(name):
-        if begun or os.path.exists(path):
-            raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
-        with atomic_file(name) as new:
-            new.write(json.dumps(record, indent=1).encode() + b"\n")
-        return
-    try:
-        with open(name, "rb") as file:
-            before = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        before = None
+        raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
+    before = None
+    with suppress(OSError, ValueError, RecursionError), open(name, "rb") as file:
+        before = json.load(file)
     if not isinstance(before, dict):
         raise InputError(f"{name}: not the record of a job: give OUT another name, or --force")
     for key in dict.fromkeys([*record, *before]):

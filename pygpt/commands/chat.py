@@ -1,6 +1,5 @@
-"""Chat with GPT-2: read a text, and print the model's continuation while it is generated.
+"""Complete texts with GPT-2. Each text is completed on its own.
 
-One child process, the `pygpt` command, runs the model for all texts, and checks its file and the thread count (child.py).
 stdout carries only the replies. If stdout is not a terminal, prompts and the output of / commands go to stderr, like notices.
 """
 
@@ -27,17 +26,13 @@ from ..hub.find import find_model
 from ..tokenizer import StreamDecoder, Tokenizer, end_of_text, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
-from .console import Parser, for_terminal, say, status_of
-from .options import CONTROL, LISTS, add_completion_options, add_model_options, parse_count, read_options
-from .progress import piece, table
+from .console import Parser, for_terminal, piece, say, status_of, table
+from .options import CONTROL, LISTS, add_completion_options, add_model_options, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
-APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # the command line may repeat these; /set takes one value
 LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
-NEED_TEXT = ("/again", "/more", "/tokens", "/probs")
-PROBABLE = 10  # number of tokens that /probs shows
 
 EXAMPLES = """\
 examples:
@@ -64,28 +59,23 @@ HELP = """\
 text\\              continue the text on the next line; \\\\ stands for a final \\
 """
 
-
 SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and are not fields of a request
 FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
 SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
     name: FIELDS.get(name, name)
-    for name in (
-        *("new", "sampler", "temperature", "top_k", "top_p", "min_p", *(name for _, name, _, _ in CONTROL)),
-        *("seed", "stop", "stop_token", "overflow", "speculate", *SWITCHES),
-    )
+    for name in ["new", "sampler", "temperature", "top_k", "top_p", "min_p"]
+    + [name for _, name, _, _ in CONTROL]
+    + ["seed", "stop", "stop_token", "overflow", "speculate", *SWITCHES]
 }
 ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): name for flag, name, _, _ in CONTROL}}
 
 
 class Settings:
-    """The options of replies, from the command line and from /set. Raises InputError for a bad value.
-
-    config: the model's dimensions, or None if the model cannot be opened. The child reports why."""
+    """The options of replies, from the command line and from /set. config: None if the model cannot be opened."""
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
-        self.config = config
+        self.config, self._end = config, None if config is None else end_of_text(config)
         self._given = {name: getattr(options, name) for name in SWITCHES}
-        self._end = None if config is None else end_of_text(config)
         if options.stop_at_eot is None:
             self._given["stop_at_eot"] = self._end is not None
         self.switches = {**self._given}
@@ -113,9 +103,7 @@ class Settings:
             Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
-        """Set a setting to the value that the user typed.
-
-        For a bad value, change nothing and raise InputError with the setting's name as the user typed it."""
+        """Set a setting to the value that the user typed. For a bad value, change nothing and raise InputError."""
         typed = name
         name, key = find_setting(typed)
         if key in SWITCHES:
@@ -153,9 +141,7 @@ class Settings:
 
 
 def find_setting(name: str) -> tuple[str, str]:
-    """Find a setting by any spelling of its name (top-k, --top-k, TOP_K); return its name and its request field.
-
-    Raises InputError for an unknown name."""
+    """Return a setting's name and its field of a request, for any spelling (top-k, --top-k, TOP_K). Raises InputError."""
     wanted = name.lower().lstrip("-").replace("-", "_")
     for known, key in SETTINGS.items():
         if ALIASES.get(wanted, wanted) in (known, key):
@@ -165,38 +151,28 @@ def find_setting(name: str) -> tuple[str, str]:
 
 def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
     """Read a value as the command line reads it. A quoted stop string is JSON, so that it can hold spaces and newlines."""
-    given: str | list[str] = value
     if key == "stop_strings" and value.startswith('"'):
         try:
-            given = str(json.loads(value))
+            value = str(json.loads(value))
         except ValueError:
             raise InputError(f'{name} is {value!r:.40}: the quotes must enclose the whole text, as in "\\n\\n"') from None
-    blank = build_parser().parse_args([])
-    setattr(blank, key, str(given).split() if key in LISTS[:2] else [given] if key in APPENDED else given)
-    return read_options(blank)
+    words = value.split() if key in ("logit_bias", "suppress_tokens") else [value]
+    return read_options(argparse.Namespace(**{key: words if key in (*LISTS, "stop_strings") else value}))
 
 
 class Chat:
-    """A conversation of independent texts and replies, with / commands between them.
+    """A conversation of independent texts and replies, with / commands between them. model, threads: for /probs."""
 
-    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process."""
-
-    def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
+    def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: int | None = None) -> None:
         self._command, self._settings = command, settings
         self._model, self._threads = model, threads
         self._tokenizer = Tokenizer() if settings.config is None else tokenizer_of(settings.config)
-        self._leaving = False
+        self._leaving, self._repeated = False, 0  # how often /again repeated this text
         self._text: list[int] = []  # ids of the latest text; empty before the first text
         self._reply: list[int] = []  # ids of its reply that were printed
-        self._repeated = 0  # how often /again repeated this text
-        self._commands: dict[str, Callable[[], None]] = {
-            "/again": self._again,
-            "/more": self._go_on,
-            "/tokens": self._show_tokens,
-            "/probs": self._show_probabilities,
-            "/help": lambda: show(HELP.rstrip()),
-            "/quit": lambda: None,
-        }
+        self._commands: dict[str, Callable[[], None]] = {"/again": self._again, "/more": self._go_on, "/quit": lambda: None}
+        self._commands |= {"/tokens": self._show_tokens, "/probs": self._show_probabilities}
+        self._commands["/help"] = lambda: show(HELP.rstrip())
 
     def converse(self) -> int:
         """Ask for texts on the terminal until Ctrl-D, an empty line, or Ctrl-C twice, which raises KeyboardInterrupt."""
@@ -240,17 +216,16 @@ class Chat:
         """Run a / command. Raises InputError if the command does not exist."""
         name, *rest = line.split(maxsplit=1)
         if name == "/set":
-            self._set(rest[0].strip() if rest else "")
-        elif name not in self._commands:
+            return self._set(rest[0].strip() if rest else "")
+        if name not in self._commands:
             way = "/help lists the commands; to send a text that begins with a slash, type //"
             raise InputError(f"{name!r:.40} is not a command: {way}")
-        elif rest:
+        if rest:
             raise InputError(f"{name} must be alone, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
-        else:
-            if name in NEED_TEXT and not self._text:
-                raise InputError("this command needs an earlier text: enter a text first")
-            self._leaving = name == "/quit"
-            self._commands[name]()
+        if name in ("/again", "/more", "/tokens", "/probs") and not self._text:
+            raise InputError("this command needs an earlier text: enter a text first")
+        self._leaving = name == "/quit"
+        return self._commands[name]()
 
     def _set(self, wish: str) -> None:
         """Run /set, /set NAME or /set NAME VALUE."""
@@ -276,10 +251,7 @@ class Chat:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Print the continuation of the text and the reply so far, token by token.
-
-        Raises InputError for bad tokens or settings, and ChildError for a failure of the child. If a part of the reply is
-        printed already, end its line first, so that the error message begins a new line."""
+        """Print the continuation of the text and the reply so far, token by token. Raises InputError or ChildError."""
         tokens = self._fitting(self._text + self._reply)
         self._settings.check(tokens)
         request = self._settings.request
@@ -296,17 +268,14 @@ class Chat:
                     times.append(perf_counter())
                 write(decoder.finish() + "\n")
             except (ChildError, InputError) as error:
-                if len(times) > 1:
-                    write("\n")
+                write("\n" if len(times) > 1 else "")  # so that the message begins a line
                 raise ChildError(str(error)) from None
         stats = self._command.show_notices(others=True) or ""
         if self._settings.switches["stats"]:
             say(speed(times) + "".join(stats.partition("; ")[1:]))  # with the child's count of guesses
 
     def _fitting(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens that leave room for the reply in the context. Print a notice if tokens are dropped.
-
-        With --overflow, the child handles long texts: then return all tokens that fit into a request."""
+        """Return the last tokens that leave room for the reply in the context, or that a request can hold with --overflow."""
         config, request = self._settings.config, self._settings.request
         if config is None or request.get("overflow") == "stop":
             return tokens
@@ -330,18 +299,16 @@ class Chat:
         """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
         from ..model import GPT2
 
-        threads = None if self._threads is None else parse_count("threads (-t)", self._threads)
         tokens, overflow = self._fitting(self._text), self._settings.request.get("overflow")
         try:
-            with GPT2.load(self._model, threads=threads) as model:
-                count = min(PROBABLE, model.config.V)
+            with GPT2.load(self._model, threads=self._threads) as model:
+                count = min(10, model.config.V)
                 [completion] = model.generate_batch([tokens], max_new_tokens=1, overflow=overflow, top_logprobs=count)
         except KeyboardInterrupt:
-            show("")
-            return
-        [info] = completion.infos
-        rows = [(token, self._tokenizer.decode_bytes([token]), exp(logprob)) for token, logprob in info.top]
-        show(table(rows, prompt_stream()))
+            return show("")
+        top = completion.infos[0].top
+        rows = [(token, self._tokenizer.decode_bytes([token]), exp(logprob)) for token, logprob in top]
+        return show(table(rows, prompt_stream()))
 
 
 def speed(times: Sequence[float]) -> str:
@@ -349,29 +316,25 @@ def speed(times: Sequence[float]) -> str:
     begin, *tokens = times
     if not tokens:
         return "0 tokens"
-    text = f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s"
-    if tokens[-1] > tokens[0]:
-        text += f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s"
-    return text
+    rest = f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s" if tokens[-1] > tokens[0] else ""
+    return f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s{rest}"
 
 
 def line_reader() -> Callable[[str], str]:
-    """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
+    """Return a function that asks for a line on the terminal; several pasted lines may be one text.
 
     prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input()."""
-    readline = None
+    dumb, bold = os.environ.get("TERM", "dumb") == "dumb", not os.environ.get("NO_COLOR")
+    if not dumb:
+        with suppress(ImportError):
+            session = import_module("prompt_toolkit").PromptSession(enable_suspend=True)
+            return lambda prompt: str(session.prompt([("bold" if bold else "", prompt)]))
     with suppress(ImportError):
         readline = import_module("readline")  # input() uses it
-    if os.environ.get("TERM", "dumb") == "dumb":
-        return input
-    bold = not os.environ.get("NO_COLOR")
-    with suppress(ImportError):
-        session = import_module("prompt_toolkit").PromptSession(enable_suspend=True)
-        return lambda prompt: str(session.prompt([("bold" if bold else "", prompt)]))
-    if readline is None:
-        return input
-    readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off; libedit lacks it
-    return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
+        if not dumb:
+            readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off; libedit lacks it
+            return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
+    return input
 
 
 @contextmanager
@@ -425,22 +388,17 @@ def write(text: str) -> None:
 
 
 def passed_on(options: argparse.Namespace) -> list[str]:
-    """Return the given options of the model, unchecked, for the child."""
+    """Return the given options of the model, for the child."""
     valued = {name: getattr(options, name) for name in ("model", "threads", "tokenizer", "weights", "draft_model")}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in valued.items() if value is not None]
-    return words + ["--text-only"] * options.text_only + ["--no-mmap"] * options.no_mmap
+    switches = {"--text-only": options.text_only, "--no-mmap": options.no_mmap, "--stats": options.stats}  # it counts guesses
+    return words + [flag for flag, given in switches.items() if given]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt chat",
-        usage="pygpt chat [options] [TEXT ...]",
-        description="Complete texts with GPT-2. Each text is completed on its own.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser(prog="pygpt chat", usage="pygpt chat [options] [TEXT ...]", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
-    parser.set_defaults(total=None)
     add("words", nargs="*", metavar="TEXT", help="complete this text and exit; without TEXT, ask for texts")
     new = f"number of new tokens in a reply (default {NEW_TOKENS})"
     add("-n", "--new", "--max-new-tokens", dest="max_new_tokens", metavar="N", help=new)
@@ -475,20 +433,15 @@ def run(options: argparse.Namespace) -> int:
     if options.words and not any(options.words):
         raise InputError("the text is empty: give at least one character")
     settings = Settings(options, model_config(options.model, options.tokenizer, text_only=options.text_only))
-    told = ["--stats"] if options.stats else []  # of guesses, which this process cannot count
-    with Command([*passed_on(options), *told]) as command:  # start it first: it loads the model while this process prepares
+    with Command(passed_on(options)) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
-        if options.words:
-            return chat.complete(given_text(" ".join(options.words)))
-        if sys.stdin.isatty():
+        if not options.words and sys.stdin.isatty():
             return chat.converse()
-        return chat.complete(read_piped())
+        return chat.complete(given_text(" ".join(options.words)) if options.words else read_piped())
 
 
 def prepare_streams() -> None:
-    """Let stdout replace characters that it cannot encode, and stdin keep bytes that it cannot decode, for given_text().
-
-    Open the null device for closed streams (`2>&-`)."""
+    """Let stdout replace what it cannot encode, and stdin keep what it cannot decode. Open the null device for `2>&-`."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open until exit)

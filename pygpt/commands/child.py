@@ -1,17 +1,14 @@
-"""Child processes of commands: their environment, and the `pygpt` command as a child that answers requests.
-
-The chat's child opens the model and owns the threads. The terminal's Ctrl-C and the user interface do not disturb it.
-"""
+"""Child processes of commands: their environment, and the `pygpt` command as a child that answers the chat's requests."""
 
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
+from select import select
 from subprocess import PIPE
 from types import FrameType
 from typing import Any, Self
@@ -20,7 +17,6 @@ from ..errors import PyGPTError
 
 NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # prefixes of the child's lines on stderr
 LONGEST_ID = 7  # digits: a vocabulary has at most 2^20 ids
-GRACE_SECONDS = 5.0  # the child may take this long to end after its input is closed
 INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: from the running command, and from its imports
 
 
@@ -31,11 +27,9 @@ class ChildError(PyGPTError):
 class Command:
     """The `pygpt` command as a long-lived child process. Use it in a `with` block.
 
-    The protocol: this process writes one JSON object per line. For each, the child writes a line of new ids separated by
-    spaces, each id as soon as it is computed. SIGINT ends a reply early, or ends an idle child.
-
-    The child has its own process group. So the terminal's Ctrl-C reaches only the chat, and the chat passes it on. If the chat
-    is killed, the child reaches the end of its input and ends."""
+    This process writes one JSON object per line. For each, the child writes a line of new ids separated by spaces, each id as
+    soon as it is computed. SIGINT ends a reply early, or ends an idle child. The child has its own process group, so the chat
+    alone passes the terminal's Ctrl-C on. If the chat is killed, the child reaches the end of its input and ends."""
 
     def __init__(self, options: Sequence[str]) -> None:
         self.stopped = False  # True if Ctrl-C stopped the latest reply
@@ -47,17 +41,15 @@ class Command:
         self._child = subprocess.Popen(
             self._argv, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=child_environment(), start_new_session=True
         )
-        pipes = self._child.stdin, self._child.stdout, self._child.stderr
-        self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # all three exist; the `if` is for mypy
-        for pipe in self._stdin, self._stdout, self._stderr:
+        pipes = [pipe for pipe in (self._child.stdin, self._child.stdout, self._child.stderr) if pipe]  # `if` is for mypy
+        for pipe in pipes:
             os.set_blocking(pipe.fileno(), False)
+        self._stdin, self._stdout, self._stderr = pipes
         self._unseen = b""  # the child's stderr output that is not shown yet
         self._signalled = False  # True once Ctrl-C was passed on to this child
 
     def ask(self, tokens: Sequence[int], options: Mapping[str, Any]) -> Iterator[int]:
-        """Yield the ids that continue `tokens`, each as soon as it arrives. After stop(), yield no more ids.
-
-        options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids."""
+        """Yield the ids that continue `tokens`, each as soon as it arrives, until Ctrl-C. Raises ChildError."""
         if self.stopped:
             return
         self._stdout.read(1 << 20)  # drop what the child wrote after the end of a reply that Ctrl-C stopped
@@ -82,29 +74,22 @@ class Command:
         """Send the request and yield the child's output in pieces, until the child closes its stdout.
 
         One loop serves all three pipes. So a full pipe cannot make both processes wait for each other."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._stdin, selectors.EVENT_WRITE)
-            for pipe in self._stdout, self._stderr:
-                selector.register(pipe, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._stdin in ready and not (request := self._send(request)):
-                    selector.unregister(self._stdin)
-                if self._stderr in ready and not self._listen():
-                    selector.unregister(self._stderr)
-                if self._stdout in ready:
-                    data = self._stdout.read(65536)
-                    self._listen()  # a notice that the child wrote before this data must appear before it
-                    if not data:
-                        return
-                    yield data
-
-    def _send(self, request: bytes) -> bytes:
-        """Write as much as the pipe takes and return the rest; return b"" if the child has ended, which its stdout shows."""
-        try:
-            return request[self._stdin.write(request) or 0 :]
-        except BrokenPipeError:
-            return b""
+        readable = [self._stdout, self._stderr]
+        while True:
+            ready, free, _ = select(readable, [self._stdin] if request else [], [])
+            if free:
+                try:
+                    request = request[self._stdin.write(request) or 0 :]
+                except BrokenPipeError:  # the child has ended, which its stdout shows
+                    request = b""
+            if self._stderr in ready and not self._listen():
+                readable.remove(self._stderr)
+            if self._stdout in ready:
+                data = self._stdout.read(65536)
+                self._listen()  # a notice that the child wrote before this data must appear before it
+                if not data:
+                    return
+                yield data
 
     def _listen(self) -> bool:
         """Read and keep the child's stderr output. Return False at the end of that stream."""
@@ -113,10 +98,9 @@ class Command:
         return data != b""
 
     def show_notices(self, *, others: bool = False) -> str:
-        """Print each of the child's notices once. With `others`, print all of its complete lines except errors. Do not print
-        what the child says of its speed with --stats: return it, or "".
+        """Print each of the child's notices once. Return, unprinted, what the child says of its speed with --stats, or "".
 
-        A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs."""
+        others: print all its complete lines except errors. A line may begin a traceback, so print others only after a reply."""
         kept, stats = b"", ""
         for raw in self._unseen.splitlines(keepends=True):
             line = raw.decode("utf-8", "replace").rstrip()
@@ -161,7 +145,8 @@ class Command:
         def on_ctrl_c(_signal: int, _frame: FrameType | None) -> None:
             if self.stopped:
                 raise KeyboardInterrupt
-            self.stop()
+            self.stopped = self._signalled = True
+            self._child.send_signal(signal.SIGINT)  # the child stops the reply and ends its line
 
         self.stopped = False
         before = signal.signal(signal.SIGINT, on_ctrl_c)
@@ -170,17 +155,12 @@ class Command:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def stop(self) -> None:
-        """Pass Ctrl-C on to the child, so that it stops the reply and ends its line."""
-        self.stopped = self._signalled = True
-        self._child.send_signal(signal.SIGINT)
-
     def _end(self) -> None:
-        """Close the child's input, so that it ends. Kill it after GRACE_SECONDS, or at a Ctrl-C."""
+        """Close the child's input, so that it ends. Kill it after 5 seconds, or at a Ctrl-C."""
         self._stdin.close()
         try:
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(GRACE_SECONDS)
+                self._child.wait(5)
         finally:
             self._child.kill()  # has no effect if the child has ended
             self._child.wait()
@@ -197,10 +177,9 @@ class Command:
 
 
 def child_environment() -> dict[str, str]:
-    """Return an environment in which a child process imports this package.
+    """Return an environment in which a child process imports this package, even one that lies in this script's folder.
 
-    This process may have found pygpt in its script's folder, which is not on the child's path. If the child could not find
-    pygpt, add this package's folder to PYTHONPATH. PYTHONSAFEPATH keeps files in the current folder from replacing modules."""
+    PYTHONSAFEPATH keeps files in the current folder from replacing modules."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if os.path.basename(here) in ("site-packages", "dist-packages"):
@@ -212,9 +191,7 @@ def child_environment() -> dict[str, str]:
 
 
 def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
-    """Yield the ids of one line. Yield each id after the space or newline behind it has arrived.
-
-    Raises EOFError if the chunks end before a newline, and ChildError for a word that is not an id."""
+    """Yield the ids of one line, each after the space or newline behind it. Raises EOFError and ChildError."""
     rest = b""
     for chunk in chunks:
         line, newline, _ = (rest + chunk).partition(b"\n")

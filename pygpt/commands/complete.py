@@ -1,16 +1,17 @@
-"""The `pygpt` command: complete a sequence of GPT-2 token ids. stdout carries only ids; console.py has the exit statuses."""
+"""Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed."""
 
 import argparse
 import codecs
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from time import perf_counter
 
 from .. import __version__
 from ..errors import InputError
 from . import COMMANDS
 from .console import Parser, check_stdout, say, status_of
-from .options import add_completion_options, add_model_options, parse_count, parse_id, read_options
+from .options import add_completion_options, add_model_options, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,12 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt",
-        usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
-        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed.",
-        epilog=EXAMPLES,
-    )
+    usage = "python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ..."
+    parser = Parser(prog="pygpt", usage=usage, description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
     files = "a model file (llm.c's .bin, .safetensors, .gguf, or of `pygpt quantize`)"
@@ -74,38 +71,29 @@ def run(options: argparse.Namespace) -> None:
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
         raise InputError("the list of token ids is empty: give at least one, as in `python -m pygpt 31373 612`")
-    threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     defaults = read_options(options)
-    from ..cpus import check_threads
     from ..generation.request import Request
 
-    if threads is not None:
-        check_threads(threads)  # also with --reference, where the count has no effect: a wrong one is the user's mistake
-    model, notice = load(options.model, threads, options)
+    model, notice = load(options)
     with model:
         request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving
         if serving:
-            serve(model, defaults, notice, stats=options.stats)
-        else:
-            say(notice)
-            engine = model.engine()
-            try:
-                for token, _ in answered(engine, request, stats=options.stats):
-                    put(f"{token}\n")
-            finally:
-                engine.close()
+            return serve(model, defaults, notice, stats=options.stats)
+        say(notice)
+        with closing(model.engine()) as engine:
+            for token, _ in answered(engine, request, stats=options.stats):
+                put(f"{token}\n")
+    return None
 
 
-def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
+def load(options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
     """Open the model; return it with a notice to print before its first answer, or ""."""
     from ..hub.find import GPT2_FILE, find_model
 
-    path, origin = find_model(path)
-    notice = (
-        f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; "
-        "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
-    )
-    notice = notice if origin == "embedded" else ""
+    path, origin = find_model(options.model)
+    way = "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
+    small = f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; {way}"
+    notice = small if origin == "embedded" else ""
     given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
     if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2
@@ -113,13 +101,12 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
         return SerialGPT2.load(path, **given), notice  # without a draft: guesses come from the text
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice
+    return GPT2.load(path, threads=options.threads, draft=options.draft_model, **given), notice
 
 
 def answered(engine: "Engine", request: "Request", *, stats: bool, early: bool = False) -> "Iterator[tuple[int | None, bool]]":
-    """Yield each new token of a request, and whether it is the last one. stats: describe the speed on stderr at the end.
-
-    early: describe it before the last token, so that a client with the whole answer has it, too."""
+    """Yield each new token of a request, and whether it is the last one. stats: describe the speed on stderr at the end, or
+    if `early` before the last token, so that a client with the whole answer has it, too."""
     [completion], began = engine.add(request).completions, perf_counter()
 
     def describe() -> None:
@@ -139,9 +126,7 @@ def answered(engine: "Engine", request: "Request", *, stats: bool, early: bool =
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *, stats: bool = False) -> None:
-    """Answer the requests on stdin, one per line, until stdin ends. stats: describe each answer's speed on stderr.
-
-    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process."""
+    """Answer the requests on stdin, one per line, until stdin ends. Ctrl-C ends the current answer, or else the process."""
     engine = model.engine(prefix=model.new_prefix_cache())
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
@@ -161,25 +146,19 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *
 
 
 def put(text: str) -> None:
-    """Write text to stdout in one call, and flush.
-
-    If stdout is unbuffered (PYTHONUNBUFFERED), print() writes the newline in a second call, and Ctrl-C may come between them.
-    """
+    """Write text to stdout, and flush. print() would write the newline in a second call, and Ctrl-C may come between them."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
-    """Read one line of stdin, ids or a JSON object, as a Request; return None for a blank line.
-
-    Raises InputError for a line longer than LINE_LIMIT, and for a bad request."""
+    """Read one line of stdin, ids or a JSON object, as a Request; return None for a blank line. Raises InputError."""
     from ..generation.request import Request, request_from_json
 
     if len(line) > LINE_LIMIT:
         raise InputError(f"a request is longer than {LINE_LIMIT} bytes: write one request per line")
     text = line.removeprefix(codecs.BOM_UTF8).strip()
-    if not text:
-        return None
-    if not text.startswith(b"{"):
-        return Request(config, [parse_id(word.decode("utf-8", "replace")) for word in text.split()], **defaults)
-    return request_from_json(config, text, defaults)
+    if text.startswith(b"{"):
+        return request_from_json(config, text, defaults)
+    tokens = [parse_id(word.decode("utf-8", "replace")) for word in text.split()]
+    return Request(config, tokens, **defaults) if tokens else None

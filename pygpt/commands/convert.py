@@ -1,22 +1,22 @@
-"""Convert a model file to another format. `pygpt convert --help` shows the options.
+"""Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors), or from a GGUF file.
 
-Conversion to bfloat16 rounds each value to the nearest, ties to even. All other conversions are exact. Conversion streams, so
-memory use stays low. The command refuses to convert a file in place, or to the format that it has. After a failure, an older
-DST is unchanged, and an incomplete new file is removed. stdout stays empty.
+Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even. After a failure, an older DST is
+unchanged, and an incomplete new file is removed.
 """
 
 import argparse
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..config import LIMITS
-from ..errors import InputError, PyGPTError, is_whole
+from ..errors import InputError, PyGPTError
 from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format, ModelFile
+from ..formats.files import reason
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_model
-from .console import Parser, say, status_of
+from .console import Parser, say, status_of, whole
 
 EXAMPLES = """\
 examples:
@@ -29,49 +29,31 @@ examples:
 """
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
-FOLDER = "/"  # the ending of a DST that names a folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
+    return status_of(lambda: say(convert(**vars(build_parser().parse_args(arguments)))))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt convert",
-        usage="pygpt convert [options] SRC DST",
-        description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors),\n"
-        "or from a GGUF file. Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
-    parser.add_argument(
-        "target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
-    )
-    version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from others, the version that keeps all "
-    version += "values exact)"
+    parser = Parser(prog="pygpt convert", usage="pygpt convert [options] SRC DST", description=__doc__, epilog=EXAMPLES)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
+    add("target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end")
+    version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; others keep all values exact)"
+    add("--version", metavar="N", type=version_of, help=version)
     heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
-    parser.add_argument("--version", metavar="N", help=version)
-    parser.add_argument("--heads", metavar="N", help=heads)
+    add("--heads", metavar="N", type=whole(1, LIMITS["NH"]), help=heads)
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Check the arguments, convert, and print a summary."""
-    version = parse_version(options.version)
-    heads = options.heads
-    if heads is not None and not (re.fullmatch("[0-9]{1,9}", heads) and is_whole(int(heads), 1, LIMITS["NH"])):
-        raise InputError(f"heads (--heads) is {heads[:40]!r}: it must be a whole number from 1 to {LIMITS['NH']}")
-    say(convert(options.source, options.target, version, heads=None if heads is None else int(heads)))
-
-
-def parse_version(text: str | None) -> int | None:
-    """Read the value of --version. Raises InputError unless it is 1, 3 or 5."""
-    if text is not None and text not in map(str, FORMATS):
-        raise InputError(f"version (--version) is {text[:40]!r}: it must be 1, 3 or 5")
-    return None if text is None else int(text)
+def version_of(text: str) -> int:
+    """Read the value of --version."""
+    if text not in map(str, FORMATS):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be 1, 3 or 5")
+    return int(text)
 
 
 def convert(source: str, target: str, version: int | None = None, *, heads: int | None = None) -> str:
@@ -80,10 +62,12 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
     Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails."""
     with open_model(source, heads=heads) as model:
         before = describe(source, model)
-        if target.endswith(FOLDER):
+        if target.endswith("/"):  # a folder
             if version is not None:
                 raise InputError(f"{target}: a Hugging Face folder has no version: leave out --version")
-            check_folder(target)
+            check_parent(os.path.realpath(target))
+            if os.path.lexists(target.rstrip("/") or "/") and not (os.path.isdir(target) and not os.listdir(target)):
+                raise InputError(f"{target}: exists and is not an empty folder: give DST another name")
             write_model(os.path.realpath(target), model, plain_format(model))
         else:
             version = default_version(model) if version is None else version
@@ -92,8 +76,8 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             if not target:
                 raise InputError("DST is empty: it must be the name of a file")
             if target.endswith(".safetensors"):
-                what = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}"
-                raise InputError(f"{target}: {what}: end DST with a /")
+                way = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}: end DST with a /"
+                raise InputError(f"{target}: {way}")
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
@@ -115,10 +99,17 @@ def plain_format(model: ModelFile) -> Format:
 def write_bin(target: str, model: ModelFile, version: int) -> None:
     """Write the model as a .bin file. Raises PyGPTError if writing fails."""
     tensors = {name: model.pieces(name) for name, _, _, _ in model.config.tensors(padded=False)}
-    try:
+    with writing(target):
         write_checkpoint(target, model.config, tensors, version=version)
+
+
+@contextmanager
+def writing(path: str, what: str = "the model file", way: str = "") -> Iterator[None]:
+    """Turn an OSError into a PyGPTError with a one-line message. what: is written. way: out of the error."""
+    try:
+        yield
     except OSError as error:
-        raise PyGPTError(f"{target}: cannot write the model file: {error.strerror or error}") from error
+        raise PyGPTError(f"{path}: cannot write {what}: {reason(error)}{way}") from error
 
 
 def check_target(source: str, target: str) -> None:
@@ -132,13 +123,6 @@ def check_target(source: str, target: str) -> None:
         raise InputError(f"{target}: this file belongs to SRC{what}: give DST another name")
     if not os.path.isfile(target):
         raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
-
-
-def check_folder(target: str) -> None:
-    """Raise InputError if the target folder exists and is not empty, or if its own folder does not exist."""
-    check_parent(os.path.realpath(target))
-    if os.path.lexists(target.rstrip(FOLDER) or FOLDER) and not (os.path.isdir(target) and not os.listdir(target)):
-        raise InputError(f"{target}: exists and is not an empty folder: give DST another name")
 
 
 def check_parent(target: str) -> None:

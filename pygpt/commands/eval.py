@@ -30,9 +30,8 @@ from ..generation.logprobs import score
 from ..hub.find import find_model
 from ..model import GPT2
 from ..tokenizer import tokenizer_of
-from .console import Parser, check_stdout, status_of, whole
+from .console import Parser, Progress, check_stdout, status_of, table, text_of, whole
 from .options import TOKENIZER_HELP, add_text_options
-from .progress import Progress, table, text_of
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB

@@ -28,9 +28,8 @@ from ..inspection.inside import Logit, logit_attribution, logit_lens, loss_by_po
 from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
-from .console import Parser, check_stdout, status_of, whole
+from .console import Parser, check_stdout, piece, status_of, text_of, whole
 from .options import THREADS_HELP, TOKENIZER_HELP
-from .progress import piece, text_of
 
 LONGEST, LONGEST_PATH = 16, 70  # characters of a token in the tables, and of the model's path
 Result = dict[str, Any]

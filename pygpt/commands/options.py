@@ -2,7 +2,9 @@
 
 import argparse
 
+from ..cpus import MAX_THREADS
 from ..errors import InputError
+from .console import whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,17 +13,11 @@ if TYPE_CHECKING:
 
 TOKENIZER_HELP = "use this vocabulary: tokenizer.json, vocab.json, llm.c's tokenizer.bin, .gguf (default: the model's own)"
 THREADS_HELP = "threads (default $PYGPT_THREADS, else one per usable core)"
-SPECULATE_HELP = (
-    "guess tokens ahead, and check them: auto (the fastest number), a number, or off (default); the tokens stay the same"
-)
-DRAFT_HELP = (
-    "the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so far), or "
-    "a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"
-)
-REPEAT_HELP = "above 1, make tokens that already occurred less probable (default 1: off)"
-
+SPECULATE_HELP = "guess tokens ahead and check them: auto (the fastest number), a number, or off (default); the same tokens"
+DRAFT_HELP = """the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so \
+far), or a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"""
 CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
-    ("--repeat-penalty", "repetition_penalty", "X", REPEAT_HELP),
+    ("--repeat-penalty", "repetition_penalty", "X", "above 1, make tokens that occurred less probable (default 1: off)"),
     ("--frequency-penalty", "frequency_penalty", "X", "subtract X from a logit for each time that the token was generated"),
     ("--presence-penalty", "presence_penalty", "X", "subtract X from the logits of tokens that were generated"),
     ("--no-repeat-ngram-size", "no_repeat_ngram_size", "N", "never repeat N tokens in a row (default 0: off)"),
@@ -29,8 +25,10 @@ CONTROL = (  # flag, name of a request's option, metavar, help; with every sampl
     ("--suppress-token", "suppress_tokens", "ID", "never choose this token; may be repeated"),
     ("--bad-words", "bad_words_ids", "IDS", "never complete this sequence of ids, as in '31373 612'; may be repeated"),
 )
-LISTS = ("logit_bias", "suppress_tokens", "bad_words_ids")
-NGRAM = ("no_repeat_ngram_size", "--no-repeat-ngram-size")
+LISTS = ("logit_bias", "suppress_tokens", "bad_words_ids", "stop_token_ids")
+WHOLE = ("total", "max_new_tokens", "top_k", "seed", "no_repeat_ngram_size")
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+FLAGS = {"total": "-n", "temperature": "--temp", "repetition_penalty": "--repeat-penalty"}  # those that are not as the name
 SEED = "random seed; the same seed gives the same tokens (default: random)"
 
 
@@ -56,7 +54,7 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
 
 def add_model_options(add: "Callable[..., object]", *, stops: str = "") -> None:
     """Add the options of a model, except -m, to a parser's add_argument(). stops: a word before the help of --tokenizer."""
-    add("-t", "--threads", metavar="N", help=THREADS_HELP)
+    add("-t", "--threads", metavar="N", type=whole(1, MAX_THREADS), help=THREADS_HELP)
     add("--tokenizer", metavar="FILE", help=f"{stops}{TOKENIZER_HELP}")
     unknown = "never choose an id that the tokenizer does not have, such as one of a padded vocabulary"
     add("--text-only", action="store_true", help=unknown)
@@ -74,23 +72,15 @@ def add_text_options(add: "Callable[..., object]") -> None:
 
 def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     """Return the given options as keyword arguments of a Request. Raises InputError for a value that is not a number."""
-    asked: dict[str, Any] = {}
-    for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"), NGRAM:
-        if (text := getattr(options, name)) is not None:
-            asked[name] = parse_count(f"{name} ({flag})", text)
-    penalties = [(name, flag) for flag, name, metavar, _ in CONTROL if metavar == "X"]
-    for name, flag in (("temperature", "--temp"), ("top_p", "--top-p"), ("min_p", "--min-p"), *penalties):
-        if (text := getattr(options, name)) is not None:
-            asked[name] = parse_number(f"{name} ({flag})", text)
-    asked |= {name: parse_list(name, texts) for name in LISTS if (texts := getattr(options, name)) is not None}
-    for name in "sampler", "stop_strings", "stop_at_eot", "overflow":
-        if (given := getattr(options, name)) is not None:
-            asked[name] = given
-    if options.speculation is not None:
-        asked["speculation"] = parse_speculation(options.speculation)
-    if options.stop_token_ids:
-        asked["stop_token_ids"] = [parse_id(text) for text in options.stop_token_ids]
-    return asked
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    same = ("sampler", "stop_strings", "stop_at_eot", "overflow")
+    asked: dict[str, Any] = {name: given[name] for name in same if name in given}
+    for name in WHOLE + NUMBERS:
+        if name in given:
+            read = parse_count if name in WHOLE else parse_number
+            asked[name] = read(f"{name} ({FLAGS.get(name, '--' + name.replace('_', '-'))})", given[name])
+    asked |= {name: parse_list(name, given[name]) for name in LISTS if name in given}
+    return asked | {name: parse_speculation(given[name]) for name in ("speculation",) if name in given}
 
 
 def parse_speculation(text: str) -> int | bool:
@@ -101,10 +91,10 @@ def parse_speculation(text: str) -> int | bool:
 
 def parse_list(name: str, texts: "list[str]") -> "Any":
     """Read the texts of one of LISTS as the value of a request's option. Raises InputError for a bad one."""
-    if name == "suppress_tokens":
-        return [parse_id(text) for text in texts]
     if name == "bad_words_ids":
         return [[parse_id(word) for word in text.replace(",", " ").split()] for text in texts]
+    if name != "logit_bias":
+        return [parse_id(text) for text in texts]
     pairs = [text.partition("=") for text in texts]
     return {parse_id(token): parse_number(f"logit_bias of token {token}", value) for token, _, value in pairs}
 

@@ -1,23 +1,19 @@
-"""Write a model in another weight format: quantised, or in floats. See `pygpt quantize --help`.
+"""Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file (mapped in place).
 
-The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format. Conversion
-streams, so memory use stays low. Numbers in this format are copied. After a failure, an older DST is unchanged, and an
-incomplete file is deleted. stdout stays empty.
+The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format.
 """
 
 import argparse
 import os
 from collections.abc import Iterator, Sequence
 
-from ..errors import InputError, PyGPTError
+from ..errors import InputError
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, ModelFile
-from ..formats.files import reason
 from ..formats.gguf import write_gguf
 from ..formats.open import blocks_of, open_model, sha256_of
 from ..formats.panels import formats_of, write_panels
-from .console import Parser, say, status_of
-from .convert import check_target, describe
-from .progress import Progress
+from .console import Parser, Progress, say, status_of
+from .convert import check_target, describe, writing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +28,6 @@ examples:
 
 FORMATS = {"q8_0": Q8_0, "q4_0": Q4_0, "f16": FLOAT16, "bf16": BFLOAT16, "f32": FLOAT32}
 HEADS = {"q4_0": "q8_0"}  # head's format by layers' format, if they differ: a head in q4_0 loses too much accuracy
-ENDINGS = (".gguf", ".safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,17 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    names = ", ".join(FORMATS)
-    parser = Parser(
-        prog="pygpt quantize",
-        usage="pygpt quantize [options] SRC DST",
-        description="Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file\n"
-        "(mapped in place by pygpt).",
-        epilog=EXAMPLES,
-    )
+    parser = Parser(prog="pygpt quantize", usage="pygpt quantize [options] SRC DST", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
-    parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{names} (default q8_0)")
+    parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
     parser.add_argument("--head", metavar="NAME", help="the format of the head (default: --format, but q8_0 for q4_0)")
     return parser
 
@@ -63,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     for name, given in (("format", options.format), ("head", head)):
         if given not in FORMATS:
             raise InputError(f"--{name} is {given[:40]!r}: it must be {', '.join(FORMATS)}")
-    if not options.target.endswith(ENDINGS):
+    if not options.target.endswith((".gguf", ".safetensors")):
         raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; use `pygpt convert` for a .bin file")
     check_target(options.source, options.target)
     with open_model(options.source) as model:
@@ -88,10 +76,8 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
                 progress.update(done)
 
         tensors = {name: watched(name) for name, _ in model.config.table}
-        try:
+        with writing(target):
             if gguf:
                 write_gguf(target, model.config, formats, tensors)
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
-        except OSError as error:
-            raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error

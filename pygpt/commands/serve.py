@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import InputError, PyGPTError
 from ..generation.request import check_speculation
 from .console import Parser, say, status_of, whole
-from .options import SPECULATE_HELP, add_model_options, parse_count, parse_speculation
+from .options import SPECULATE_HELP, add_model_options, parse_speculation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,10 +116,9 @@ def open_models(options: argparse.Namespace) -> list[Any]:
         named.setdefault(path, []).append(name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
-    threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     found = []
     for path, names in named.items():
-        model = GPT2.load(path, threads=threads, draft=options.draft_model, **given)
+        model = GPT2.load(path, threads=options.threads, draft=options.draft_model, **given)
         least = model.network.position_bytes * model.config.maxT
         limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))

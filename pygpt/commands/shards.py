@@ -26,9 +26,8 @@ from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import matching, split
-from .console import Parser, check_stdout, for_terminal, say, status_of, whole
+from .console import Parser, Progress, check_stdout, for_terminal, say, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
-from .progress import Progress
 
 STDIN = "-"
 Tokens = npt.NDArray[np.integer[Any]]

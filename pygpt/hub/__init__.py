@@ -1,1 +1,1 @@
-"""Find and download models."""
+"""Find models."""

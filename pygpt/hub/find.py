@@ -24,14 +24,15 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     pygpt or of huggingface_hub. origin is "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises
     CheckpointError if there is no such file or downloaded model, and InputError for the name of a downloaded model without a
     cache folder."""
+    via = ""
     if path is not None:
-        name, origin, via = os.fspath(path), "given", ""
+        name, origin = os.fspath(path), "given"
         if not name:
             raise CheckpointError(f"the model's name is empty: give the path of one such as {GPT2_FILE}")
-    elif os.environ.get("PYGPT_MODEL"):
-        name, origin, via = os.environ["PYGPT_MODEL"], "PYGPT_MODEL", " (named by PYGPT_MODEL)"
+    elif name := os.environ.get("PYGPT_MODEL", ""):
+        origin, via = "PYGPT_MODEL", " (named by PYGPT_MODEL)"
     elif os.path.lexists(GPT2_FILE):
-        name, origin, via = GPT2_FILE, "folder", ""
+        name, origin = GPT2_FILE, "folder"
     else:
         return EMBEDDED_MODEL, "embedded"
     if not os.path.isfile(name) and not os.path.isfile(os.path.join(name, "config.json")) and is_downloadable(name):
@@ -46,9 +47,8 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
 
 def is_downloadable(name: str) -> bool:
     """Return whether `pygpt download` accepts this name. A name with the extension of a model file is a path instead."""
-    if name.endswith((".bin", ".safetensors", ".git")) or "--" in name:
-        return False
-    return re.fullmatch(DOWNLOADABLE, name, re.ASCII) is not None
+    path = name.endswith((".bin", ".safetensors", ".git")) or "--" in name
+    return not path and re.fullmatch(DOWNLOADABLE, name, re.ASCII) is not None
 
 
 def cached_model(name: str) -> str:
@@ -83,14 +83,9 @@ def cache_folder() -> str:
     """Return the folder of downloaded models: PYGPT_HOME, else pygpt in the user's cache folder on this system.
 
     Raises InputError if that folder begins with ~ and the user has no home folder."""
-    folder = os.environ.get("PYGPT_HOME", "")
-    if not folder:
-        caches = os.environ.get("XDG_CACHE_HOME", "")
-        if sys.platform == "darwin":
-            caches = "~/Library/Caches"
-        elif not os.path.isabs(caches):
-            caches = "~/.cache"
-        folder = os.path.join(caches, "pygpt")
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    caches = "~/Library/Caches" if sys.platform == "darwin" else caches if os.path.isabs(caches) else "~/.cache"
+    folder = os.environ.get("PYGPT_HOME") or os.path.join(caches, "pygpt")
     if (found := os.path.expanduser(folder)).startswith("~"):
         raise InputError(f"{folder}: the user does not have a home folder: set PYGPT_HOME to the folder for downloaded models")
     return found

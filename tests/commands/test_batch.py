@@ -227,6 +227,21 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     refused(capsys, words, "began with input")
 
 
+def test_a_job_that_ended_before_its_first_answer_does_not_bind_the_next(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = answers()
+    record = Path("out.jsonl.job.json").read_bytes()
+    Path("out.jsonl").unlink()
+    write(ROWS[:3])
+    Path("out.jsonl.part").touch()  # killed between the record and the answer
+    assert answers() == b"".join(whole.splitlines(keepends=True)[:3])
+    assert Path("out.jsonl.job.json").read_bytes() != record
+    with full_disk(0):
+        assert main(["in.jsonl", "-o", "full.jsonl", *OPTIONS]) == 1
+    assert sorted(os.listdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job.json"]
+
+
 @pytest.mark.parametrize(
     ("row", "named"),
     [
@@ -254,9 +269,7 @@ def test_bad_lines_are_refused_before_anything_runs(
     write([ROWS[0], row])
     assert main(["in.jsonl", "-o", "out.jsonl", *OPTIONS]) == 2
     assert named in capsys.readouterr().err
-    assert not Path("out.jsonl").exists()
-    assert not Path("out.jsonl.part").exists()
-    Path("out.jsonl.job.json").unlink(missing_ok=True)
+    assert os.listdir() == ["in.jsonl"]  # so that the corrected lines can be answered
     if isinstance(row, dict) and "twice" not in named:
         found = answers("--keep-going")
         write(ROWS[:1])

@@ -281,8 +281,8 @@ def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
 
 
 def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
-    fake.run("-m", "no such.bin", "hi", "--threads", "many", "--no-mmap", "-t-1", "-n", "3")
-    assert fake.log("argv") == [["--model=no such.bin", "--threads=-1", "--no-mmap", "-"]]
+    fake.run("-m", "no such.bin", "hi", "--threads", "9", "--no-mmap", "-t3", "-n", "3")
+    assert fake.log("argv") == [["--model=no such.bin", "--threads=3", "--no-mmap", "-"]]
     assert fake.log("max_new_tokens") == [3]
 
 
@@ -1654,9 +1654,9 @@ def answer(tokens, new):
     assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
-@pytest.mark.parametrize("options", [["-m", "no.bin"], ["-t", "0"], ["-t", "x"]])
-def test_real_error_is_one_line(real: Fake, options: list[str]) -> None:
-    assert_refused(real.run(*options, "hi"), 1, options[1])
+@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 1), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
+def test_real_error_is_one_line(real: Fake, options: list[str], status: int) -> None:
+    assert_refused(real.run(*options, "hi"), status, options[1])
 
 
 def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> None:

@@ -1103,7 +1103,7 @@ except SystemExit:
     pass
 heavy = {"numpy", "tiktoken", "json", "subprocess", "asyncio", "multiprocessing", "logging", "unittest"}
 heavy |= {name for name in sys.modules if name.startswith("pygpt.commands.")}
-heavy -= {f"pygpt.commands.{name}" for name in ("complete", "console", "interrupts", "options")}
+heavy -= {f"pygpt.commands.{name}" for name in ("complete", "console", "options")}
 sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
 """
     result = subprocess.run(

@@ -23,8 +23,7 @@ from pygpt import __version__
 from pygpt.commands import download
 from pygpt.commands.download import EXAMPLES, main
 from pygpt.errors import CheckpointError, InputError
-from pygpt.hub import fetch
-from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model
+from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model, is_downloadable
 from pygpt.model import GPT2 as Network
 
 hub = pytest.importorskip("huggingface_hub")
@@ -37,7 +36,7 @@ SETTINGS = json.dumps(hf.settings(**SHAPE)).encode()
 GPT2, LLMC = "/openai-community/gpt2/resolve", "/datasets/karpathy/llmc-starter-pack/resolve/main/gpt2_124M.bin"
 CONFIG, MODEL = f"{GPT2}/main/config.json", f"{GPT2}/{COMMIT}/model.safetensors"
 INDEX = "model.safetensors.index.json"
-KNOWN = fetch.LLMC_SHA256["gpt2_124M"]
+KNOWN = download.LLMC_SHA256["gpt2_124M"]
 
 
 def safetensors(dtype: str) -> bytes:
@@ -75,7 +74,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         monkeypatch.setenv("HF_ENDPOINT", found.url)
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setitem(fetch.LLMC_SHA256, "gpt2_124M", hashlib.sha256(BIN[3]).hexdigest())
+        monkeypatch.setitem(download.LLMC_SHA256, "gpt2_124M", hashlib.sha256(BIN[3]).hexdigest())
         yield found
 
 
@@ -222,7 +221,7 @@ def test_wrong_bytes_arrive(site: Site, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_llmcs_known_file(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(fetch.LLMC_SHA256, "gpt2_124M", KNOWN)
+    monkeypatch.setitem(download.LLMC_SHA256, "gpt2_124M", KNOWN)
     assert main(["gpt2_124M"]) == 1
     known = "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162"
     assert re.search(f"wrong bytes: sha256 {hashlib.sha256(BIN[3]).hexdigest()}, expected .*{known}", error_of(capsys))
@@ -455,7 +454,7 @@ def test_examples_of_the_help_are_valid(capsys: pytest.CaptureFixture[str]) -> N
     commands = re.findall(r"^  pygpt download (.*?)  ", EXAMPLES, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
-        download.check_name(download.build_parser().parse_args(shlex.split(command)).model)
+        assert is_downloadable(download.build_parser().parse_args(shlex.split(command)).model)
 
 
 def test_a_relative_of_gpt2_stays_in_the_cache_of_the_hub(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from test_data import shard_bytes
 
 from pygpt import GPT2, Example, Tokenizer, read_examples, write_examples
 from pygpt.commands import eval as evaluate
-from pygpt.commands.progress import table
+from pygpt.commands.console import table
 from pygpt.commands.quantize import main as quantize
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.generation.logprobs import score

@@ -19,8 +19,7 @@ from running import ROOT
 
 from pygpt.__main__ import main
 from pygpt.commands import COMMANDS
-from pygpt.commands.console import status_of
-from pygpt.commands.interrupts import Interrupts, made_of_ctrl_c
+from pygpt.commands.console import Interrupts, made_of_ctrl_c, status_of
 
 SCRIPTS = ["chat.py", *(f"tools/{name}.py" for name in ("chart", "make_model", "profile"))]
 

@@ -17,7 +17,7 @@ from running import PYGPT, assert_refuses, environment, run
 from test_data import by_hand, shard_bytes
 
 from pygpt import DataLoader, Tokenizer
-from pygpt.commands import progress, shards
+from pygpt.commands import console, shards
 from pygpt.formats import llmc as token_files
 from pygpt.formats import text
 
@@ -249,11 +249,11 @@ def test_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    with progress.Progress("tokens", 200) as bar:
+    with console.Progress("tokens", 200) as bar:
         bar.update(50)
     assert screen.getvalue() == ""  # not a terminal
     monkeypatch.setattr(screen, "isatty", lambda: True)
-    with progress.Progress("tokens", 200, 50) as bar:
+    with console.Progress("tokens", 200, 50) as bar:
         bar.update(70, ", so far")
         bar.line("a line")
     assert re.search(r" 50/200 .* 70/200 .*tokens/s, so far", screen.getvalue().replace("\r", " "))

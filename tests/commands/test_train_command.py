@@ -44,7 +44,7 @@ from pygpt import (
     write_checkpoint,
     write_debug_state,
 )
-from pygpt.commands.progress import Progress
+from pygpt.commands.console import Progress
 from pygpt.commands.train import job
 from pygpt.commands.train import main as train
 from pygpt.formats.text import tokens_and_labels

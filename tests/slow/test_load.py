@@ -25,7 +25,7 @@ from known import OPTIONS, PROMPTS, SHAPE, STEPS, TOKENS, Known, state_of
 from programs import patience
 
 from pygpt import GPT2, Checkpoint, ClosedError, InputError, SerialGPT2, Tokenizer, TrainableGPT2
-from pygpt.commands.interrupts import made_of_ctrl_c
+from pygpt.commands.console import made_of_ctrl_c
 
 THREADS = 6
 TEXT = "Ladies and gentlemen, \u00fcnd \U0001f600 so on.\n\n" * 9

@@ -23,7 +23,7 @@ SOURCES = sorted([*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "tools").rglob("*.py
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml", "code", "codeop"}
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}  # by name alone: model.eval() is another thing
 METHODS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.load", "tempfile.mktemp"}
-ALLOWED = {("pygpt/formats/pickles.py", "torch.load"): "always with weights_only=True"}  # (file, finding): why
+ALLOWED = {("pygpt/formats/huggingface.py", "torch.load"): "always with weights_only=True"}  # (file, finding): why
 
 
 def findings(source: str) -> list[str]:

@@ -43,9 +43,8 @@ from ...formats.panels import QUANTISED
 from ...generation.request import check_speculation
 from ...generation.sampling import SAMPLERS
 from ...hub.find import find_model
-from ..console import Parser, check_stdout, listed, status_of, whole
+from ..console import Parser, Progress, check_stdout, listed, status_of, whole
 from ..options import DRAFT_HELP, parse_number, parse_speculation
-from ..progress import Progress
 from .measuring import CLONE, Result, clone_tool, print_results
 from .tests import FILE, PARTS, check_losses, generation_tests, training_tests
 

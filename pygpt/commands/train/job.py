@@ -31,8 +31,7 @@ from ...training.parameters import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, T
 from ...training.state import TrainingState
 from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Record
-from ..console import for_terminal, say
-from ..progress import Progress
+from ..console import Progress, for_terminal, say
 
 SHAPES = {
     "gpt2": {"L": 12, "NH": 12, "C": 768},

@@ -40,9 +40,8 @@ from ...training.parallel import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Trainer, open_ranks
-from ..console import Parser, check_stdout, say, status_of, whole
+from ..console import Parser, Progress, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options, parse_number
-from ..progress import Progress
 from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
