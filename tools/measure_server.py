@@ -31,23 +31,18 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS)]
 
 from pygpt import GPT2  # noqa: E402
-from pygpt.commands.bench.measuring import clone_tool  # noqa: E402
+from pygpt.commands.bench import load  # noqa: E402
 from pygpt.commands.console import Parser, check_stdout, status_of, whole  # noqa: E402
 from pygpt.cpus import processors  # noqa: E402
 from pygpt.errors import InputError, PyGPTError  # noqa: E402
 from pygpt.formats.files import atomic_file  # noqa: E402
 from pygpt.tokenizer import tokenizer_of  # noqa: E402
-
-if TYPE_CHECKING:
-    import load
-else:
-    load = clone_tool("load")  # tools/ is not on the path, because its profile.py would hide the standard library's
 
 OURS = "pygpt"
 

@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
-from running import assert_refuses, environment, run
+from running import environment, run
 
 from pygpt import GPT2
-from pygpt.commands.bench import main as bench
-from pygpt.commands.bench import measuring
+from pygpt.commands.bench import peers as bench_peers
 from pygpt.formats.gguf import GGUFFile
 from pygpt.hub.find import EMBEDDED_MODEL
 
-bench_peers = measuring.clone_tool("peers")
 TOKENS = [31373, 612, 13, 50256, 0]
 
 
@@ -180,7 +178,7 @@ def test_close_ends_the_child_and_may_be_called_twice(small: Path) -> None:
 
 def test_available_lists_installed_peers_without_imports() -> None:
     program = (
-        "import json, sys; from pygpt.commands.bench.measuring import call_tool; names = call_tool('peers', 'available'); "
+        "import json, sys; from pygpt.commands.bench.peers import available; names = available(); "
         "print(json.dumps([names, sorted(sys.modules)]))"
     )
     command = [sys.executable, "-c", program]
@@ -195,17 +193,3 @@ def test_available_lists_installed_peers_without_imports() -> None:
 
 def test_every_peer_has_an_engine() -> None:
     assert list(bench_peers.ENGINES) == list(bench_peers.PEERS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "file"), [(["--against", "all"], "peers.py"), (["--serve", "http://127.0.0.1"], "load.py")]
-)
-def test_without_a_clone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], file: str
-) -> None:
-    """A wheel has no tools: the options say where the file is expected."""
-    measured = measuring.clone_tool.__wrapped__
-    monkeypatch.setattr(measuring, "CLONE", tmp_path)
-    monkeypatch.setattr(bench, "clone_tool", measured)
-    named = f"{arguments[0]} needs a clone of pygpt ... {tmp_path / 'tools' / file}"
-    assert_refuses(bench.main, capsys, ["-m", EMBEDDED_MODEL, *arguments], named)

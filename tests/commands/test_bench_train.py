@@ -23,10 +23,10 @@ from running import ROOT, assert_refuses, run
 
 from pygpt import Ceilings, Config, InputError, PyGPTError, TrainableGPT2
 from pygpt.commands.bench import main as bench
+from pygpt.commands.bench import peers as bench_peers
 from pygpt.commands.bench import tests as bench_train
-from pygpt.commands.bench.measuring import batch_of, clone_tool
+from pygpt.commands.bench.measuring import batch_of
 
-bench_peers = clone_tool("peers")
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
 CONFIG = Config(**SHAPE)
 PARTS = ("forward", "backward", "norm", "update")

@@ -25,13 +25,11 @@ from running import PATIENCE, ROOT, assert_refused, assert_refuses, environment,
 
 from pygpt import GPT2, Ceilings, Config, InputError, Trace, TrainableGPT2, ceilings, cpus
 from pygpt.commands import quantize
-from pygpt.commands.bench.measuring import clone_tool
-from pygpt.commands.profile import job, numbers, strategies, text
+from pygpt.commands.profile import job, numbers, perf, strategies, text
 from pygpt.commands.profile import main as profile
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 
-perf = clone_tool("perf")
 BEST = cpus.workers_for  # the value outside tests
 Report = dict[str, Any]
 SMALL = ("-m", EMBEDDED_MODEL, "-t", "2", "--all-workers", "--skip", "all", "--prompt-length", "40", "-n", "5", "-r", "2")
@@ -844,7 +842,7 @@ def test_perf_report_is_read_by_families() -> None:
     assert perf.families(symbols)["products, attention"] == pytest.approx(0.75)
     assert perf.families(symbols)["layernorm"] == pytest.approx(0.25)
     found = {"samples": 9, "symbols": symbols, "families": perf.families(symbols), "reported": perf.families(symbols)}
-    lines = perf.table_text(found).splitlines()
+    lines = text.perf_text({"perf": found}).splitlines()
     assert lines[2].split() == ["gemm", "_kernels.so", "60.0%"]
     assert lines[-1].split()[:3] == ["this", "report", "25.0%"]
 

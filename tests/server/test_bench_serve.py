@@ -8,10 +8,8 @@ import pytest
 from running import assert_refuses
 from serving import MAXT, Live, live, tiny
 
-from pygpt.commands.bench import main
-from pygpt.commands.bench.measuring import clone_tool
+from pygpt.commands.bench import load, main
 
-load = clone_tool("load")
 SMALL = ["--prompt", "10", "--new", "6", "--context", str(MAXT), "-n", "12"]
 
 

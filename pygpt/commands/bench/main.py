@@ -17,7 +17,7 @@ Tests are named as in llama-bench:
     process      the whole command, with 2 prompt tokens and 8 new tokens
 
 Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians.
---against and --serve need a clone of pygpt. docs/reference/reports.md describes the limits and the JSON.
+docs/reference/reports.md describes the limits and the JSON.
 """
 
 import argparse
@@ -45,7 +45,8 @@ from ...generation.sampling import SAMPLERS
 from ...hub.find import find_model
 from ..console import Parser, Progress, check_stdout, listed, status_of, whole
 from ..options import DRAFT_HELP, parse_number, parse_speculation
-from .measuring import CLONE, Result, clone_tool, print_results
+from . import load, peers
+from .measuring import CLONE, Result, print_results
 from .tests import FILE, PARTS, check_losses, generation_tests, training_tests
 
 BATCH = 8
@@ -95,13 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("-r", "--rounds", type=count, default=5, help="number of rounds (default 5)")
     add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md (a Markdown table, default), json or csv")
     add("--reference", action="store_true", help="also run the serial reference, which is slow")
-    peers = "peers to run too, separated by commas, or all for the installed ones (in a clone of pygpt)"
+    peers = "peers to run too, separated by commas, or all for the installed ones"
     add("--against", metavar="LIST", default="", help=peers)
     add("--no-process", dest="process", action="store_false", help="leave out the test process")
     add("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     larger = "size of the arrays that measure the limits, larger than any cache (default 512)"
     add("--limit-megabytes", type=count, default=512, help=larger)
-    add("--serve", metavar="URL", help="measure a server (in a clone of pygpt); add --help for the options that go with it")
+    add("--serve", metavar="URL", help="measure a server; add --help for the options that go with it")
     return parser
 
 
@@ -134,7 +135,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def resolve_peers(text: str, train: bool) -> list[str]:
     """Return the peers to run. Raises InputError for a peer that is unknown or not installed."""
-    peers = clone_tool("peers")
     known = peers.TRAINING if train else peers.PEERS
     installed = [name for name in peers.available() if name in known]
     wanted = installed if text == "all" else [*filter(None, text.split(","))]
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if any(word.partition("=")[0] == "--serve" for word in given):
-        return status_of(lambda: clone_tool("load").run(given))
+        return status_of(lambda: load.run(given))
     return status_of(lambda: run(parse(given)))
 
 

@@ -1,11 +1,9 @@
-"""What the benchmarks share: clocks, artificial tokens, resident memory, tables, and the tools that only a clone has."""
+"""What the benchmarks share: clocks, artificial tokens, resident memory and tables."""
 
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -15,25 +13,7 @@ from ...config import Config
 from ...errors import InputError
 
 CLONE = Path(__file__).resolve().parents[3]  # the folder of the package's folder
-TOOLS = {"peers": "--against", "load": "--serve", "perf": "--sample"}  # files of the clone, and options that need them
 Result = dict[str, Any]
-
-
-@cache
-def clone_tool(name: str) -> Any:
-    """Load tools/NAME.py of the clone. Raises InputError if the package was installed without its clone."""
-    path = CLONE / "tools" / f"{name}.py"
-    spec = spec_from_file_location(f"pygpt_tools_{name}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"{TOOLS[name]} needs a clone of pygpt: run it there, because {path} does not exist")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call_tool(name: str, function: str, *arguments: Any) -> Any:
-    """Call a function of a tool of the clone. A child process can begin with this function."""
-    return getattr(clone_tool(name), function)(*arguments)
 
 
 def marks(clock: Callable[[], Any], *steps: Callable[[], Any]) -> tuple[list[Any], list[Any]]:

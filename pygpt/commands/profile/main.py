@@ -31,10 +31,9 @@ from ...generation.request import check_speculation
 from ...hub.find import find_model
 from ...inspection.show import matplotlib
 from ...model import DRAFTS
-from ..bench.measuring import clone_tool
 from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
-from . import job, numbers, plots, startup, strategies, text, traces
+from . import job, numbers, perf, plots, startup, strategies, text, traces
 from .work import Stored, weight_bytes
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
@@ -76,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
-    add("--sample", action="store_true", help="run the job under Linux perf too (in a clone of pygpt): the hottest symbols")
+    add("--sample", action="store_true", help="run the job under Linux perf too: the hottest symbols")
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
@@ -151,10 +150,9 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.plot:
         matplotlib()  # if it is missing, report that now
-    perf = clone_tool("perf") if options.sample else None
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
-    if perf:
+    if options.sample:
         report["perf"] = perf.sampled(path, task, report)
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
     nth, calls, written = report["machine"]["threads"], recording.calls, []

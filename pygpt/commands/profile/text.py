@@ -6,7 +6,6 @@ import textwrap
 from typing import Any
 
 from ...errors import InputError
-from ..bench.measuring import clone_tool
 from .job import STAGES
 
 WIDTH = 100
@@ -54,7 +53,7 @@ def render(report: Report, *, by_layer: bool = False) -> str:
             parts.append(layer_text(report, mode))
     parts.append(amdahl_text(report))
     sections = {"speculation": speculation_text, "strategies": strategies_text, "startup": startup_text}
-    sections["perf"] = lambda report: str(clone_tool("perf").table_text(report["perf"]))
+    sections["perf"] = perf_text
     parts += [section(report) for name, section in sections.items() if report[name]]
     parts.append(wrap("NOTES\n" + NOTES))
     return "\n\n".join(parts)
@@ -321,3 +320,15 @@ def _differences_of(a: Report, b: Report, mode: str) -> list[str]:
     title = f"{mode.upper()}  {ms(wall_a)} -> {ms(wall_b)} ms {CALLS[mode]} ({wall_b / wall_a - 1:+.1%})"
     heads = ["ms", "self a", "self b", "b / a", "wait a", "wait b", "change", "of wall a"]
     return [title, *table(heads, *(cells for _, cells in sorted(rows)))]
+
+
+def perf_text(report: Report) -> str:
+    """Return the table of the hottest symbols found by perf."""
+    found = report["perf"]
+    shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
+    rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
+    lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
+    lines += table(["symbol", "object", "share"], *rows)
+    compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
+    lines += table(["share of computing", *found["families"]], *compared)
+    return "\n".join(lines)

@@ -27,13 +27,13 @@ from multiprocessing.connection import Connection
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pygpt.commands.bench.measuring import call_tool, laps, peak_rss_bytes, prompt, seconds_of
+from .measuring import laps, peak_rss_bytes, prompt, seconds_of
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from pygpt.config import Config
+    from ...config import Config
 
     Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -81,8 +81,8 @@ class Peer(AbstractContextManager["Peer"]):
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        given = "peers", "serve", theirs, name, os.fspath(model_path), threads
-        self.process = context.Process(target=call_tool, args=given, daemon=True)
+        given = theirs, name, os.fspath(model_path), threads
+        self.process = context.Process(target=serve, args=given, daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the child ends the pipe
         try:
@@ -207,7 +207,7 @@ def read_weights(path: str) -> "tuple[Config, Weights]":
     """
     import numpy as np
 
-    from pygpt.formats.open import open_model
+    from ...formats.open import open_model
 
     weights = {}
     with open_model(path) as source:
@@ -500,8 +500,8 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
 
 def convert_to_gguf(path: str, folder: str, format: str | None = None) -> "Config":
     """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision; return the dimensions."""
-    from pygpt.commands.quantize import FORMATS, HEADS, quantise
-    from pygpt.formats.open import open_model
+    from ...formats.open import open_model
+    from ..quantize import FORMATS, HEADS, quantise
 
     with open_model(path) as source:
         plain = "bf16" if source.formats["wpe"] == FORMATS["bf16"] else "f32"

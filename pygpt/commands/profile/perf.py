@@ -14,10 +14,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pygpt.commands.console import say
-from pygpt.commands.profile.job import Job, clock
-from pygpt.commands.profile.text import percent, plural, table
-from pygpt.errors import PyGPTError
+from ...errors import PyGPTError
+from ..console import say
+from .job import Job, clock
 
 Row = dict[str, Any]
 SECONDS = 2.0  # the least duration of the run, which has at least one round
@@ -149,14 +148,3 @@ def reported(kernels: list[Row]) -> dict[str, float]:
 def _shares(sums: "Counter[str]") -> dict[str, float]:
     total = sum(sums.values())
     return {name: sums[name] / total if total else 0.0 for name in FAMILIES}
-
-
-def table_text(found: Row) -> str:
-    """Return the table of the hottest symbols found by perf."""
-    shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
-    rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
-    lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
-    lines += table(["symbol", "object", "share"], *rows)
-    compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
-    lines += table(["share of computing", *found["families"]], *compared)
-    return "\n".join(lines)

@@ -26,9 +26,9 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-from pygpt.commands.bench.measuring import print_table
-from pygpt.commands.console import Parser, check_stdout, whole
-from pygpt.errors import InputError, PyGPTError
+from ...errors import InputError, PyGPTError
+from ..console import Parser, check_stdout, whole
+from .measuring import print_table
 
 SIGMA = 0.5  # of the logarithms of lengths
 TIMES = ("ttft", "itl", "tpot")
