@@ -17,16 +17,19 @@ from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ..config import IGNORED
 from ..errors import DataError, InputError, PyGPTError, check_flag, shown
 from ..tokenizer import Tokenizer
 from .files import atomic_file, foreign_file, reason
-from .llmc import Path, Shard
 
-Labels = npt.NDArray[np.int32]  # (tokens,)
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # chat starts without NumPy
+    import numpy as np
+    import numpy.typing as npt
+
+    from .llmc import Path, Shard
+
+    Labels = npt.NDArray[np.int32]  # (tokens,)
 
 PIECE = 1 << 20  # bytes of text read at a time
 LONGEST = 1 << 24  # bytes of a line in a file that may be compressed
@@ -60,7 +63,7 @@ def given_text(text: str) -> str:
     return "".join(plain([text]))
 
 
-def read_text(path: Path) -> Iterator[str]:
+def read_text(path: "Path") -> Iterator[str]:
     """Yield the text of a UTF-8 file, or of stdin if the path is "-", in pieces.
 
     Every newline becomes "\\n", and a byte order mark at the beginning is dropped. Raises DataError if the text cannot be read,
@@ -108,20 +111,22 @@ def _other_than_text(head: bytes) -> str:
 
 def tokens_of_text(
     text: str | Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> Shard:
+) -> "Shard":
     """Return the tokens of a text, given whole or in pieces, as a uint16 array (tokens,). See encode_text()."""
     pieces = [text] if isinstance(text, str) else text
     return joined(encode_text(pieces, eot=eot, allow_special=allow_special, tokenizer=tokenizer))
 
 
-def joined(pieces: Iterable[Shard]) -> Shard:
+def joined(pieces: "Iterable[Shard]") -> "Shard":
     """Return pieces of tokens as one uint16 array (tokens,)."""
+    import numpy as np
+
     return np.concatenate([np.empty(0, "<u2"), *pieces])
 
 
 def encode_text(
     text: Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> Iterator[Shard]:
+) -> "Iterator[Shard]":
     """Yield the tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
 
     eot: the positions of `<|endoftext|>`. "paragraph" adds it before the text and after every blank line (each "\\n\\n"), as
@@ -139,7 +144,9 @@ def encode_text(
     return _encoded(pieces, tokenizer, eot, check_flag("allow_special", allow_special))
 
 
-def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> Iterator[Shard]:
+def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> "Iterator[Shard]":
+    import numpy as np
+
     end = [] if eot == "none" or tokenizer.eot is None else [tokenizer.eot]
     ids = [*end]
     for piece in _independent(text):
@@ -231,7 +238,7 @@ def encode_file(
     field: str | None = None,
     allow_special: bool = True,
     tokenizer: Tokenizer | None = None,
-) -> Iterator[Shard]:
+) -> "Iterator[Shard]":
     """Yield the tokens of one file: a text, or JSON lines with one document in each row (holds_rows).
 
     eot: as for encode_text(); by default "paragraph" for text, and "document" for each row. Raises DataError for rows with a
@@ -248,11 +255,13 @@ def encode_file(
 
 
 def tokens_and_labels(
-    path: Path, field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> tuple[Shard, Labels | None]:
+    path: "Path", field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
+) -> "tuple[Shard, Labels | None]":
     """Return the tokens of a file to train on, and their labels: -100 for the tokens of prompts, else the token itself.
 
     Prompts come from JSON lines with the fields "prompt" and "completion" (read_documents). Without them, labels are None."""
+    import numpy as np
+
     name = os.fspath(path)
     reading: dict[str, Any] = {"allow_special": allow_special, "tokenizer": tokenizer}
     if not holds_rows(name, field):

@@ -86,7 +86,7 @@ def nginx(replicas: list[Any], folder: Path) -> Iterator[Any]:
         process.wait(60)
 
 
-@pytest.mark.parametrize("proxy", [small_proxy, nginx])
+@pytest.mark.parametrize("proxy", [small_proxy, pytest.param(nginx, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_replica_that_is_killed_in_the_middle_of_an_answer(tmp_path: Path, proxy: Any, stream: bool) -> None:
     model = tiny(tmp_path, L=6, NH=4, C=128, maxT=400)  # slow enough to be killed

@@ -320,6 +320,6 @@ def test_with_busy_workers(budget: Budget, setting: Setting, code: str) -> None:
 def test_waits_use_the_monotonic_clock() -> None:
     """A download's age, a trace's date and the time of an answer in OpenAI's API are dates."""
     sources = [path for pattern in ("*.py*", "*.h") for path in (ROOT / "pygpt").rglob(pattern) if path.suffix != ".pyc"]
-    others = [path for path in sources if path.parent.name != "hub" and path.name not in ("traces.py", "app.py")]
+    others = [path for path in sources if path.parent.name != "hub" and path.name not in ("traces.py", "answering.py")]
     wall = re.compile(r"(?<![\w_])time\(\)|CLOCK_REALTIME|datetime")
     assert [path.name for path in others if wall.search(path.read_text())] == []

@@ -179,7 +179,7 @@ def test_readme_is_short_and_begins_with_the_commands_that_ci_runs() -> None:
     assert sum(line.startswith("|---") for line in lines) == 1
     first, second = (code.strip() for _, code, _ in blocks(README)[:2])
     assert first == "python -m pip install -e '.[all]' && python -m pygpt 31373 612"
-    assert second == "python -m pip install -e '.[test]' && python -m pytest -n 2 --dist loadfile"
+    assert second == "python -m pip install -e '.[test]' && python -m pytest -n 3 --dist worksteal"
     assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci/run").read_text()
     assert next(line for line in lines if "python -m pytest" in line) == second
     assert re.search(r"^all = ", (ROOT / "pyproject.toml").read_text(), re.M)

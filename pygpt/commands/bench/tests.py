@@ -26,8 +26,8 @@ from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ..child import child_environment
 from ..console import say
 from ..profile.work import decode_bytes, floats, forward, operations, training
+from . import peers
 from .measuring import Result, batch_of, laps, middle, peak_rss_bytes, prompt, resident_bytes, seconds_of
-from .peers import Peer, of_kind
 
 REFERENCE_TOKENS = 8  # new tokens in the reference's job, after 2 prompt tokens
 FILE = "file"  # with --weights: the weights of the file, as they are
@@ -158,11 +158,11 @@ def generation_tests(options: argparse.Namespace, stack: ExitStack, path: str, c
         tests += reference_tests(serial, models[weights], weights, path, options.process)
     if options.all_peers:
         layers = {found[0].network.stored["qkvw"][0] for found in models.values()}
-        options.against = of_kind(options.against, layers)
+        options.against = peers.of_kind(options.against, layers)
     options.kinds |= {kind for found in models.values() for kind, _ in found[0].network.stored.values()}
     threads, new = max(options.threads), options.new
     for name in options.against:
-        peer = stack.enter_context(Peer(name, path, threads))
+        peer = stack.enter_context(peers.Peer(name, path, threads))
         tests += [Test(f"pp{n}", threads, n, partial(peer.prefill, n), name) for n in options.prompts]
         tests += [Test(tg(depth, new), threads, new, partial(peer.decode, new, depth), name) for depth in options.depths]
     return tests
@@ -294,7 +294,7 @@ def training_tests(options: argparse.Namespace, stack: ExitStack, path: str, con
     for threads in options.threads:
         add("pygpt", threads, iterate, stack.enter_context(TrainableGPT2.load(path, threads=threads)), work=work)
     for name in options.against:
-        peer = stack.enter_context(Peer(name, path, most))
+        peer = stack.enter_context(peers.Peer(name, path, most))
         add(name, most, iterate_peer, peer, options.memory)
     if options.reference:
         add("reference", 1, iterate_reference, path, once=True)
