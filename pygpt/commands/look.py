@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer = tokenizer_of(model.config)
         ids = tokenizer.encode(given_text(options.text))
         if not 2 <= len(ids) <= model.config.maxT:
-            raise InputError(f"the text has {len(ids)} tokens: give a text of 2 to {model.config.maxT} tokens")
+            raise InputError(f"the number of tokens is {len(ids)}: give a text of 2 to {model.config.maxT} tokens")
         result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
         if options.plot is not None:
             draw(options.plot, model, ids, result)
