@@ -65,12 +65,14 @@ def logit_lens(model: GPT2, tokens: Tokens, *, positions: Iterable[int] | None =
     """Return what each layer would predict: its residual through the last layernorm and the head, (L + 1, P, V) logits.
 
     Row 0 belongs to the embedding, row l + 1 to layer l. So the last row has the bits of the ordinary logits. positions: P of
-    them (default: all T). The network itself computes each row, in a pass of its own: the weights may have any format."""
-    ids, last = check_tokens(model.config, tokens), model.config.L - 1
-    streams = model.activations(ids, ["encoded", "residual3"])
-    where = None if positions is None else list(positions)
-    edits = [{("residual3", last, None): row} for row in (streams["encoded"], *streams["residual3"])]
-    return np.stack([model.activations(ids, "logits", positions=where, edits=edit)["logits"] for edit in edits])
+    them (default: all T). The network itself computes the rows, like those of another text: the weights may have any format."""
+    ids, (maxT, V), last = check_tokens(model.config, tokens), (model.config.maxT, model.config.V), model.config.L - 1
+    found = model.activations(ids, ["encoded", "residual3"], positions=positions)
+    streams = np.concatenate([found["encoded"][None], found["residual3"]])  # [L + 1, P, C]
+    rows = streams.reshape(-1, model.config.C)
+    parts = [rows[start : start + maxT] for start in range(0, len(rows), maxT)]
+    logits = [model.activations([0] * len(part), "logits", edits={("residual3", last, None): part})["logits"] for part in parts]
+    return np.concatenate(logits).reshape(*streams.shape[:2], V)
 
 
 def logit_attribution(model: GPT2, tokens: Tokens, logit: Logit) -> dict[str, Float64]:

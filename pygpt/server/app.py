@@ -27,8 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
-from ..errors import InputError, shown
+from .._kernels import log_probabilities
+from ..errors import InputError, check_whole, shown
 from ..generation.engine import Event
+from ..model import GPT2
 from . import schema
 from .answering import SLOW_S, STOPPED, Run, encoded, reported, token_text
 from .call import Call, Served, Worker, encode
@@ -36,6 +38,7 @@ from .metrics import Metrics
 from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
+LENS = 3  # the most probable tokens of a layer
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
 OWN = "; ".join(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect"))
 POLICY = f"{OWN}; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -298,16 +301,16 @@ class Server:
             raise ApiError(f"the model ran 0 steps in {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
 
     async def inspect(self, request: Request, fields: dict[str, Any]) -> Any:
-        """Return the attention of the last token in one layer, for each head."""
+        """Return the last token's attention in one layer, for each head, and what each layer would predict (the logit lens)."""
         served, tokens = self.served(fields.get("model")), fields["tokens"]
         served.check_ids("tokens", tokens)
         async with self.admitted(1):
             try:
-                ask = partial(served.model.activations, tokens, ["probs"], [fields.get("layer", 0)], [len(tokens) - 1])
-                found = await asyncio.to_thread(ask)
+                attention, tops = await asyncio.to_thread(_inside, served.model, tokens, fields.get("layer", 0))
             except InputError as error:
                 raise ApiError(str(error)) from None
-        return {"attention": found["probs"][0, :, 0].tolist()}  # [1, NH, 1, T] -> [NH, T]
+        named = [[{"id": i, "bytes": list(served.bytes_of([i])), "logprob": logprob} for i, logprob in top] for top in tops]
+        return {"attention": attention, "lens": named}
 
     async def openapi(self, request: Request, fields: dict[str, Any]) -> Any:
         """Return this document."""
@@ -320,6 +323,20 @@ class Server:
             raise HTTPException(404)
         headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
         return FileResponse(os.path.join(PAGE, name), headers=headers)
+
+
+def _inside(model: GPT2, tokens: list[int], layer: int) -> tuple[list[list[float]], list[Any]]:
+    """Return the last token's attention, (NH, T), and the most probable (id, log-probability) of the embedding and each layer.
+
+    The streams replace rows of the last layer in a pass of their own, so that the network itself computes the logits."""
+    last = model.config.L - 1
+    check_whole("a layer", layer, 0, last)
+    found = model.activations(tokens, ["probs", "encoded", "residual3"], positions=[len(tokens) - 1])
+    streams = [*found["encoded"], *found["residual3"][:, 0]][-model.config.maxT :]  # of each, (C,)
+    edits = {("residual3", last, row): stream for row, stream in enumerate(streams)}
+    logits = model.activations([0] * len(streams), "logits", edits=edits)["logits"]
+    tops = [log_probabilities(logits.data, row, 0, LENS) for row in range(len(streams))]
+    return found["probs"][layer, :, 0].tolist(), [[] if top is None else top[1] for top in tops]
 
 
 ENDPOINTS = [

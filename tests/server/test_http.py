@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from running import assert_refuses
 from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
@@ -18,6 +19,7 @@ from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
 from pygpt import Tokenizer
 from pygpt.commands import serve
 from pygpt.formats.vocabulary import characters_of, write_vocabulary
+from pygpt.inspection.inside import logit_lens
 from pygpt.network import Network
 from pygpt.server import answering, app
 from pygpt.server.app import ENDPOINTS
@@ -172,7 +174,12 @@ def test_the_attention_of_the_last_token(path: Path) -> None:
         for layer in range(config.L):
             found = running.ask("POST", "/inspect", {"tokens": tokens, "layer": layer}).json()
             expected = running.model.activations(tokens, ["probs"])["probs"][layer, :, -1]
-            assert found == {"attention": expected.tolist()}
+            assert found["attention"] == expected.tolist()
+            lens = logit_lens(running.model, tokens, positions=[3])[:, 0]
+            assert [[one["id"] for one in top] for top in found["lens"]] == [[*np.argsort(-row)[:3]] for row in lens]
+            exact = [row - np.logaddexp.reduce(row) for row in lens.astype(np.float64)]
+            given = [[one["logprob"] for one in top] for top in found["lens"]]
+            assert np.allclose(given, [row[np.argsort(-row)[:3]] for row in exact], rtol=0, atol=1e-5)  # float32 logits
         error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
         assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
         assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")

@@ -274,6 +274,8 @@ def test_the_inside_view(browser: Any, at: Live) -> None:
         rows = [row.split(":")[0] for row in page.locator("#attention tr").all_inner_texts()]
         assert rows == [str(i) for i in np.argsort(-shares, kind="stable")]
         assert f"p{1 + int(5 * shares[1])}" in page.get_attribute(".chip >> nth=1", "class")
+        assert page.locator("#lens tr").count() == at.model.config.L + 1
+        assert page.locator("#lens tr >> nth=1").inner_text().count("%") == 3
 
 
 @pytest.mark.parametrize("width", [320, 800, 1600])

@@ -154,15 +154,17 @@ async function recordStep(model, request) {
   byId("timeline").replaceChildren(picture, make("table", {}, make("caption", { className: "hint", textContent: `Work of all workers by phase, in a step of ${end.toFixed(0)} \u00b5s` }), make("tbody", {}, ...rows)));
 }
 
-/** Show the attention of one head from the token at `place`, as a table and as shading of the chips. */
+/** Show the attention of one head from the token at `place`, as a table and as shading of the chips, and the logit lens. */
 async function showAttention(model, tokens, place) {
   const layer = +byId("layer").value, head = +byId("head").value;
   const asked = { model, tokens: tokens.slice(0, place + 1).map((token) => token.id), layer };
-  const { attention } = await (await ask("inspect", asked)).json();
+  const { attention, lens } = await (await ask("inspect", asked)).json();
   const weights = attention[head];
   if (!weights) throw new Error(`layer ${layer} has the heads 0 to ${attention.length - 1}`);
   const most = weights.map((weight, i) => [weight, i]).sort((a, b) => b[0] - a[0]).slice(0, 10);
   byId("attention").replaceChildren(...most.map(([weight, i]) => share(`${i}: ${shown(tokens[i].bytes)}`, weight)));
+  const guess = ({ bytes, logprob }) => `${shown(bytes)} ${(100 * Math.exp(logprob)).toFixed(0)}%`;
+  byId("lens").replaceChildren(...lens.map((top, i) => row(i ? `layer ${i - 1}` : "embedding", top.map(guess).join("  "))));
   byId("attention-text").textContent = `Layer ${layer}, head ${head}, from token ${place}: ${shown(tokens[place].bytes)}`;
   for (const button of document.querySelectorAll(".chip")) button.className = `chip ${shade(weights[button.dataset.place] ?? 0)}`;
 }
