@@ -164,7 +164,7 @@ async function showAttention(model, tokens, place) {
   const most = weights.map((weight, i) => [weight, i]).sort((a, b) => b[0] - a[0]).slice(0, 10);
   byId("attention").replaceChildren(...most.map(([weight, i]) => share(`${i}: ${shown(tokens[i].bytes)}`, weight)));
   const guess = ({ bytes, logprob }) => `${shown(bytes)} ${(100 * Math.exp(logprob)).toFixed(0)}%`;
-  byId("lens").replaceChildren(...lens.map((top, i) => row(i ? `layer ${i - 1}` : "embedding", top.map(guess).join("  "))));
+  byId("lens").replaceChildren(...lens.map((top, i) => row(i ? `layer ${i - 1}` : "embedding", ...top.map(guess))));
   byId("attention-text").textContent = `Layer ${layer}, head ${head}, from token ${place}: ${shown(tokens[place].bytes)}`;
   for (const button of document.querySelectorAll(".chip")) button.className = `chip ${shade(weights[button.dataset.place] ?? 0)}`;
 }
