@@ -236,6 +236,7 @@ RUNS = {  # the arguments of each command, in this order; {} is the output of th
     "quantize": "small.bin small.safetensors --format q8_0",
     "eval": "perplexity my.txt -m small.bin -n 20 -o json",
     "batch": "in.jsonl -o out.jsonl -m small.bin",
+    "look": "Good-morrow -m small.bin -o json",
     "profile": f"-m small.bin --skip ceilings,scaling,strategies {TINY}",
     "bench": f"-m small.bin -p 4 -d 2 -b 1 --limit-megabytes 4 --reference --against numpy {TINY}",
 }
@@ -259,6 +260,7 @@ def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> Non
     }
     assert json.loads(out["eval"])["scored"] == 19
     assert len(json.loads((place / "out.jsonl").read_text())["tokens"]) == 3
+    assert len(json.loads(out["look"])["lens"]) == 2  # the embedding and one layer
     assert [part["name"].split()[0] for part in json.loads(out["profile"])["startup"]][:2] == ["interpreter", "import"]
     tests = {(row["test"], row.get("by")) for row in json.loads(out["bench"])}
     assert {("pp4", "pygpt"), ("tg2@d2", "numpy"), ("process", "reference")} <= tests
