@@ -181,7 +181,9 @@ def test_a_stream_is_the_whole_answer(at: Live, prompt: str, fields: dict[str, A
         for found in [choice["logprobs"]] if choice["logprobs"] else []:
             assert all(0 <= offset <= len(choice["text"]) for offset in found["text_offset"])
             assert found["text_offset"] == sorted(found["text_offset"])
-        assert not any(stop in choice["text"][len(prompt) if fields.get("echo") else 0 :] for stop in fields.get("stop", []))
+        new = choice["text"][len(prompt) if fields.get("echo") else 0 :]
+        stops = {*fields.get("stop", [])} - {"\ufffd"}  # half a character shows as this one, but has other bytes
+        assert not any(stop in new for stop in stops)
 
 
 def test_stream_options(at: Live) -> None:
