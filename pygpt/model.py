@@ -204,6 +204,17 @@ class GPT2(Generator):
             self.network.step(rows, watch=watch)
         return capture.arrays
 
+    def logits_of(self, streams: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
+        """Return the logits (N, V) that residual streams (N, C) give through the last layernorm and the head.
+
+        The network itself computes the rows, in place of the last layer's, so the weights may have any format."""
+        import numpy as np
+
+        place, maxT = ("residual3", self.config.L - 1, None), self.config.maxT
+        parts = [streams[start : start + maxT] for start in range(0, len(streams), maxT)]
+        found = [self.activations([0] * len(part), "logits", edits={place: part})["logits"] for part in parts]
+        return np.concatenate([np.empty((0, self.config.V), np.float32), *found])
+
     def record(self, trace: "Trace | None") -> None:
         """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
         self.network.record(trace)

@@ -65,14 +65,10 @@ def logit_lens(model: GPT2, tokens: Tokens, *, positions: Iterable[int] | None =
     """Return what each layer would predict: its residual through the last layernorm and the head, (L + 1, P, V) logits.
 
     Row 0 belongs to the embedding, row l + 1 to layer l. So the last row has the bits of the ordinary logits. positions: P of
-    them (default: all T). The network itself computes the rows, like those of another text: the weights may have any format."""
-    ids, (maxT, V), last = check_tokens(model.config, tokens), (model.config.maxT, model.config.V), model.config.L - 1
-    found = model.activations(ids, ["encoded", "residual3"], positions=positions)
+    them (default: all T)."""
+    found = model.activations(tokens, ["encoded", "residual3"], positions=positions)
     streams = np.concatenate([found["encoded"][None], found["residual3"]])  # [L + 1, P, C]
-    rows = streams.reshape(-1, model.config.C)
-    parts = [rows[start : start + maxT] for start in range(0, len(rows), maxT)]
-    logits = [model.activations([0] * len(part), "logits", edits={("residual3", last, None): part})["logits"] for part in parts]
-    return np.concatenate(logits).reshape(*streams.shape[:2], V)
+    return model.logits_of(streams.reshape(-1, model.config.C)).reshape(*streams.shape[:2], model.config.V)
 
 
 def logit_attribution(model: GPT2, tokens: Tokens, logit: Logit) -> dict[str, Float64]:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import h11
+import numpy
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -326,16 +327,11 @@ class Server:
 
 
 def _inside(model: GPT2, tokens: list[int], layer: int) -> tuple[list[list[float]], list[Any]]:
-    """Return the last token's attention, (NH, T), and the most probable (id, log-probability) of the embedding and each layer.
-
-    The streams replace rows of the last layer in a pass of their own, so that the network itself computes the logits."""
-    last = model.config.L - 1
-    check_whole("a layer", layer, 0, last)
+    """Return the last token's attention, (NH, T), and the most probable (id, log-probability) after each stream."""
+    check_whole("a layer", layer, 0, model.config.L - 1)
     found = model.activations(tokens, ["probs", "encoded", "residual3"], positions=[len(tokens) - 1])
-    streams = [*found["encoded"], *found["residual3"][:, 0]][-model.config.maxT :]  # of each, (C,)
-    edits = {("residual3", last, row): stream for row, stream in enumerate(streams)}
-    logits = model.activations([0] * len(streams), "logits", edits=edits)["logits"]
-    tops = [log_probabilities(logits.data, row, 0, LENS) for row in range(len(streams))]
+    logits = model.logits_of(numpy.concatenate([found["encoded"], found["residual3"][:, 0]]))  # [L + 1, V]
+    tops = [log_probabilities(logits.data, row, 0, LENS) for row in range(len(logits))]
     return found["probs"][layer, :, 0].tolist(), [[] if top is None else top[1] for top in tops]
 
 
