@@ -168,7 +168,8 @@ def test_compressed_files_hold_the_same_lines(folder: Path) -> None:
     assert Path("none.out").read_bytes() == b""
 
 
-def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str) -> None:
+def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pygpt.generation.logprobs.SCORED", 50)  # a long continuation runs in pieces
     rng = np.random.default_rng(3)
     rows = [
         {
@@ -332,6 +333,15 @@ def test_columns_are_answered_as_rows(model: str) -> None:
         assert job({"id": []}) == {}
         with pytest.raises(InputError, match="is empty"):
             job({"id": [1], "tokens": [[]]})
+
+
+def test_few_rows_are_taken_before_their_turn(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad rows are answered at once, and wait for the long row before them."""
+    monkeypatch.setattr("pygpt.cluster.AHEAD", 5)
+    rows = iter([{"id": 0, "tokens": [1]}, *({"id": i, "tokens": []} for i in range(1, 40))])
+    with Complete(model, threads=1, max_new_tokens=6, keep_going=True) as complete:
+        assert next(complete.rows(rows))["id"] == 0
+        assert next(rows)["id"] <= 5
 
 
 def test_bad_options_are_refused_by_the_constructor(model: str) -> None:
