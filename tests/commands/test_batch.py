@@ -219,6 +219,8 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     content = record.read_text()
     record.write_text(content.replace('"pygpt": "', '"pygpt": "0.0.'))
     refused(capsys, words, "began with pygpt = '0.0.")
+    record.write_text(content.replace("{", '{"other": 1,', 1))
+    refused(capsys, words, "began with other = 1")
     record.write_text("[]")
     refused(capsys, words, "not the record")
     record.unlink()
