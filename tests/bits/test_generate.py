@@ -517,6 +517,7 @@ def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.Monk
         ({"stop_token_ids": ["5"]}, "token '5'"),
         ({"stop_token_ids": True}, "token 'True'"),
         ({"stop_token_ids": 1.5}, "stop_token_ids is 1.5"),
+        ({"stop_token_ids": np.array(1.5)}, r"stop_token_ids is array\(1.5\).*list of int"),  # without dimensions
     ],
     ids=str,
 )

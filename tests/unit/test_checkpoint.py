@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from running import gist
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
 from pygpt.formats.checkpoint import Checkpoint, file_bytes, write_checkpoint
+from pygpt.formats.files import MappedFile
 from pygpt.formats.safetensors import SafetensorsFile
 from pygpt.hub.find import EMBEDDED_MODEL, find_model
 
@@ -373,6 +375,31 @@ def test_a_file_read_into_memory_is_equal_and_independent(tmp_path: Path, versio
     assert np.array_equal(kept, copy)
     with pytest.raises(ClosedError):
         read.tensor("wte")
+
+
+def test_a_view_is_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During view(), a second thread closes the file and opens another file, which may get the same descriptor."""
+    (tmp_path / "a").write_bytes(b"a" * 4096)
+    (tmp_path / "b").write_bytes(b"b" * 4096)
+    file, real, opened = MappedFile(str(tmp_path / "a"), "file", CheckpointError), mmap.mmap, []
+
+    def reuse() -> None:
+        file.close()
+        opened.append(os.open(tmp_path / "b", os.O_RDONLY))
+
+    other = threading.Thread(target=reuse)
+
+    def wait_then_map(*arguments: Any, **options: Any) -> mmap.mmap:
+        other.start()
+        other.join(0.3)  # it must wait for the map
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", wait_then_map)
+    assert bytes(file.view(0, 4)) == b"aaaa"
+    other.join()
+    os.close(opened[0])
+    with pytest.raises(ClosedError, match="closed"):
+        file.view(0, 4)
 
 
 @pytest.mark.parametrize(

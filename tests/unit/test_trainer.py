@@ -472,6 +472,8 @@ def changed(content: bytes, change: Callable[[dict[str, Any]], object] | bytes) 
         (b"[]", "bad JSON"),
         (b"[" * 20000, "bad JSON"),
         (b'{"step": 0, "step": 1, "options": {}, "loader": {}, "job": {}}', "JSON ... 'step' ... twice"),
+        (b'{"step": 1e999}', "1e999 ... float64"),
+        (b'{"step": 0, "options": {}, "loader": {"batch": -1e400}, "job": {}}', "-1e400 ... float64"),
         (lambda found: found.pop("job"), "not the object"),
         (lambda found: found.update(code="import os"), "not the object"),
         (lambda found: found.update(step=-1), "step is -1"),
