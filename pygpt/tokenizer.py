@@ -173,7 +173,8 @@ class _Encoding:
         self.cuts, self.pattern, self.prefix_space = _patterns(vocabulary.get("pre_tokenizer"))
         self.normalizers = _normalizers(vocabulary.get("normalizer"))
         vocab: dict[str, int] = model["vocab"]
-        added = vocabulary.get("added_tokens") or []
+        # As in tokenizers, the id in `vocab` counts.
+        added = [{**token, "id": vocab.get(token["content"], token["id"])} for token in vocabulary.get("added_tokens") or []]
         most = max([*vocab.values(), *(token["id"] for token in added)])
         if not all(type(i) is int and 0 <= i <= 1 << 20 for i in (*vocab.values(), *(token["id"] for token in added))):
             raise InputError("the vocabulary has ids that are not whole numbers from 0 to 1048576")

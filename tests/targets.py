@@ -271,7 +271,12 @@ class GGUFTarget(FileTarget):
 
     def seeds(self) -> list[bytes]:
         files = []
-        for config, kind, head in ((TINY, FLOAT32, BFLOAT16), (WIDE, Q4_0, Q8_0), (WIDE, FLOAT16, Q4_0), (NARROW, FLOAT32, FLOAT32)):
+        for config, kind, head in (
+            (TINY, FLOAT32, BFLOAT16),
+            (WIDE, Q4_0, Q8_0),
+            (WIDE, FLOAT16, Q4_0),
+            (NARROW, FLOAT32, FLOAT32),
+        ):
             formats = formats_of(config, kind, head, FLOAT32)
             tensors = {name: iter(blocks) for name, blocks in blocks_by_layer(config, formats).items()}
             files.append(self.written(write_gguf, config, formats, tensors))

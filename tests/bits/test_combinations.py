@@ -115,7 +115,9 @@ def world(data: st.DataObject, folder: Path) -> World:
     V, L, maxT = 7 + 2 * data.draw(st.integers(0, 40)), data.draw(st.integers(1, 3)), data.draw(st.integers(5, 30))
     config = Config(maxT=maxT, V=V, L=L, NH=NH, C=NH * HS, **varied)
     kind, head = one_of(data, KINDS, "format"), one_of(data, KINDS, "head")
-    ways = ["panels"] + ["gguf"] * (varied.keys() <= SAID and not ((config.C % 32 or config.F % 32) and {kind, head} & {Q8_0, Q4_0}))
+    ways = ["panels"] + ["gguf"] * (
+        varied.keys() <= SAID and not ((config.C % 32 or config.F % 32) and {kind, head} & {Q8_0, Q4_0})
+    )
     if not varied and kind == head == FLOAT32:
         ways += ["version 1", "version 3"]
     if not varied and (kind, head) in ((Q8_0, Q8_0), (Q4_0, Q8_0)):
