@@ -339,7 +339,8 @@ def test_columns_are_answered_as_rows(model: str) -> None:
 def test_few_rows_are_taken_before_their_turn(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad rows are answered at once, and wait for the long row before them."""
     monkeypatch.setattr("pygpt.cluster.AHEAD", 5)
-    rows = iter([{"id": 0, "tokens": [1]}, *({"id": i, "tokens": []} for i in range(1, 40))])
+    given: list[dict[str, Any]] = [{"id": i, "tokens": [] if i else [1]} for i in range(40)]
+    rows = iter(given)
     with Complete(model, threads=1, max_new_tokens=6, keep_going=True) as complete:
         assert next(complete.rows(rows))["id"] == 0
         assert next(rows)["id"] <= 5

@@ -344,7 +344,12 @@ def test_the_queue_is_bounded(path: Path, slow: None) -> None:
 def test_a_call_of_which_one_prompt_can_never_fit_leaves_no_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(path, cache_bytes=20 * 512) as running:  # 20 tokens
         add, jobs = running.engine.add, list[Any]()
-        monkeypatch.setattr(running.engine, "add", lambda *given, **more: jobs.append(add(*given, **more)) or jobs[-1])
+
+        def noting(*given: Any, **more: Any) -> Any:
+            jobs.append(add(*given, **more))
+            return jobs[-1]
+
+        monkeypatch.setattr(running.engine, "add", noting)
         error = running.refused(400, {"prompt": [[1], [1] * 30], "max_tokens": 4})
         assert error["code"] == "context_length_exceeded"
         assert [job.cancelled for job in jobs] == [True]
