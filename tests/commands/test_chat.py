@@ -274,15 +274,16 @@ def test_newlines_of_piped_and_given_text(fake: Fake, newline: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, 10**5])
 def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
     text = b"x" + b" y" * length  # the longest text is much larger than a pipe's buffer
-    assert fake.run("-m", "none", "-n", str(length + 1), text=text).stdout == text + b"\n"
+    assert fake.run("--overflow", "slide", "-n", str(length + 1), text=text).stdout == text + b"\n"
 
 
 # ---------------------------------------------------------------- options
 
 
 def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
-    fake.run("-m", "no such.bin", "hi", "--threads", "9", "--no-mmap", "-t3", "-n", "3")
-    assert fake.log("argv") == [["--model=no such.bin", "--threads=3", "--no-mmap", "-"]]
+    model = fake.model(16)
+    fake.run("-m", model, "hi", "--threads", "9", "--no-mmap", "-t3", "-n", "3")
+    assert fake.log("argv") == [[f"--model={model}", "--threads=3", "--no-mmap", "-"]]
     assert fake.log("max_new_tokens") == [3]
 
 
@@ -391,15 +392,13 @@ def test_as_many_new_tokens_as_the_context_has_room_for(fake: Fake) -> None:
     assert fake.run("-m", model, "-n", "15", "one").returncode == 0
     assert_refused(fake.run("-m", model, "-n", "16", "one"), 2, "max_new_tokens is 16", "from 1 to 15")
     assert fake.run("-m", model, "one").returncode == 0
-    assert fake.log("max_new_tokens") == [15, 15]
+    assert fake.log("max_new_tokens") == [15, 10]  # by default, a third of the context stays free for the text
 
 
-def test_a_text_is_kept_if_the_model_does_not_open(fake: Fake) -> None:
+def test_a_bad_model_file_is_bad_input(fake: Fake) -> None:
     (fake.cwd / "bad.bin").write_bytes(b"no model")
-    text = " word" * 3000
-    fake.run("-m", "bad.bin", "-n", "2000", text)
-    assert fake.log("tokens") == [ids_of(text)]
-    assert fake.log("max_new_tokens") == [2000]
+    assert_refused(fake.run("-m", "bad.bin", "hi"), 2, "bad.bin: ")
+    assert fake.log("tokens") == []
 
 
 # ---------------------------------------------------------------- the reply's text
@@ -528,7 +527,7 @@ def answer(tokens, new):
     tell(flood.replace("line", "again"))
     put("612\\n")
 """)
-    result = fake.run("-m", "none", text=b" y" * 100000)
+    result = fake.run("--overflow", "slide", text=b" y" * 100000)
     assert (result.returncode, result.stdout) == (0, b"hello there\n")
     lines = result.stderr.decode().splitlines()[1:]
     assert lines[:20000] == [f"line {i}" for i in range(20000)]
@@ -1339,7 +1338,7 @@ def test_typed_text_is_utf8(fake: Fake, encoding: str) -> None:
 def test_a_long_line_is_pasted_whole_while_stdout_is_a_file(fake: Fake) -> None:
     """The terminal itself would cut it at 4,095 bytes. Its keys still edit the line."""
     line = "lorem é " * 1000
-    with Terminal(fake, "-m", "none", piped=True) as chat:  # without a model's context, no text is too long
+    with Terminal(fake, "--overflow", "slide", piped=True) as chat:  # a text of any length
         for text in line + "\r", "abé\x7f\x7fcd\x7f e\r", "xyz\x15a\n":
             chat.type(text)
             chat.expect("Text: ")
@@ -1654,7 +1653,7 @@ def answer(tokens, new):
     assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
-@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 1), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
+@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 2), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
 def test_real_error_is_one_line(real: Fake, options: list[str], status: int) -> None:
     assert_refused(real.run(*options, "hi"), status, options[1])
 

@@ -126,6 +126,8 @@ def test_runs_that_stop_and_continue_on_other_ranks_end_alike(
 
 FAULTS = [
     ("os.kill(os.getpid(), 9)", 1, 9, "", []),
+    ("os.replace = lambda *names: os.kill(os.getpid(), 9)", 0, 9, "", []),  # in the middle of a save
+    ("os.fsync = lambda file: os.kill(os.getpid(), 9)", 0, 9, "", []),
     ("raise ValueError('a bug')", 1, 1, "ValueError: a bug", []),
     ("sys.exit(3)", 1, 1, "", []),
     ("from pygpt import PyGPTError; raise PyGPTError('a failure')", 1, 1, r"pygpt: error: rank 1 on \S+: a failure\n", []),
