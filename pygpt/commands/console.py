@@ -113,9 +113,8 @@ class Parser(argparse.ArgumentParser):
 
         word = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
         alike = " or ".join(get_close_matches(word, self._option_string_actions))
-        raise InputError(
-            f"{message[:200]}; {f'did you mean {alike}?' if alike else 'see --help'}"
-        )  # argparse's message may repeat the whole command line
+        way = f"did you mean {alike}?" if alike else "see --help"
+        raise InputError(f"{message[:200]}; {way}")  # argparse's message may repeat the whole command line
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":
         """Return an option's values. Refuse the value --, as in -t=--: Python before 3.13 turns it into an empty list."""
