@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import PIPE_BYTES, ROOT, assert_one_line_error, forks
+from running import PIPE_BYTES, ROOT, assert_one_line_error, forks, gist
 from running import run as run_command
 
 from pygpt import GPT2, InputError
@@ -256,7 +256,7 @@ def test_end_of_text_typed_as_text_is_text(fake: Fake) -> None:
 def test_text_is_utf8_in_every_locale(fake: Fake, locale: dict[str, str]) -> None:
     fake.environment.update(locale)
     assert_refused(fake.run(b"caf\xe9"), 2, "is not UTF-8")
-    assert_refused(fake.run(text=b"caf\xe9"), 2, "byte 0xe9 at offset 3 is not UTF-8")
+    assert_refused(fake.run(text=b"caf\xe9"), 2, "0xe9 ... 3 ... UTF-8")
     assert_refused(fake.run(text="café".encode("utf-16")), 2, "UTF-16")
     fake.run("café")
     fake.run(text="\ufeffcafé\r\n".encode())
@@ -589,7 +589,7 @@ def test_a_number_too_long_for_an_id_is_not_waited_for() -> None:
 
     found = read_ids(chunks())
     assert next(found) == 5
-    with pytest.raises(ChildError, match="'12345678' instead of a token id"):
+    with pytest.raises(ChildError, match="'12345678'"):
         next(found)
 
 
@@ -773,7 +773,7 @@ def test_the_end_of_a_reply_is_that_of_the_models_vocabulary(capsys: pytest.Capt
         chat.take("ab")
         assert capsys.readouterr().out == "ab\n"
         assert settings.request == {"max_new_tokens": 5, **({} if end is None else {"stop_at_eot": True})}
-    with pytest.raises(InputError, match="stop_at_eot is True, but the model's vocabulary has no"):
+    with pytest.raises(InputError, match=r"stop_at_eot is True.*vocabulary"):
         chat_module.Settings(chat_module.parse(["--stop-at-eot"]), config)
 
 
@@ -862,14 +862,14 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/", "'/' is not a command"),
-        ("/foo", "'/foo' is not a command"),
-        ("/SET n 3", "'/SET' is not a command"),
-        ("/ help", "'/' is not a command"),
-        ("/a\n\nb", "'/a' is not a command"),
-        ("/help me", "/help must be alone, but 'me'"),
-        ("/quit\nnow", "/quit must be alone, but 'now'"),
-        ("/again 2", "/again must be alone, but '2'"),
+        ("/", "'/'"),
+        ("/foo", "'/foo'"),
+        ("/SET n 3", "'/SET'"),
+        ("/ help", "'/'"),
+        ("/a\n\nb", "'/a'"),
+        ("/help me", "/help ... 'me'"),
+        ("/quit\nnow", "/quit ... 'now'"),
+        ("/again 2", "/again ... '2'"),
         ("/" + "x" * 500, "'/xxx"),
     ],
 )
@@ -879,7 +879,7 @@ def test_unknown_command_is_one_line(bench: Bench, capsys: pytest.CaptureFixture
     bench.take(line)
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert shown.err.startswith(f"pygpt: {told}")
+    assert re.match(gist(f"pygpt: {told}"), shown.err)
     assert len(shown.err) < 150
     assert len(bench.echo.asked) == 1
 
@@ -928,7 +928,7 @@ def test_long_conversation_keeps_its_last_tokens_slides_or_stops(capsys: pytest.
         assert [len(tokens) for tokens, _ in bench.echo.asked] == lengths
         told = capsys.readouterr().err
         if overflow is None:
-            assert "text and the reply so far have 7 tokens; only the last 6 are used" in told
+            assert re.search(gist("7 tokens ... last 6"), told)
         elif overflow == "stop":
             assert told.startswith("pygpt: 9 tokens were given")
             assert told.count("\n") == 1
