@@ -75,9 +75,9 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
                 raise InputError(f"{source}: is of version {version} already: choose another --version, or copy the file")
             if not target:
                 raise InputError("DST is empty: it must be the name of a file")
-            if target.endswith(".safetensors"):
-                way = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}: end DST with a /"
-                raise InputError(f"{target}: {way}")
+            if target.endswith((".gguf", ".safetensors")):
+                way = f"for a Hugging Face folder with {CONFIG_FILE} and {MODEL_FILE}, end DST with a /"
+                raise InputError(f"{target}: `pygpt quantize` writes such a file, with --format f32 exactly; {way}")
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""

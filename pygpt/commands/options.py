@@ -36,7 +36,7 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
     """Add all options that read_options() reads, except the lengths. seed: the help of --seed."""
     add = parser.add_argument
     add("--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample")
-    add("--temp", dest="temperature", metavar="X", help="divide the logits by X (default 1); 0 means sampler greedy")
+    add("--temp", "--temperature", metavar="X", help="divide the logits by X (default 1); 0 means sampler greedy")
     add("--top-k", metavar="K", help="keep only the K most probable tokens (default 0: all)")
     add("--top-p", metavar="P", help="keep only the most probable tokens whose probabilities add up to P (default 1: all)")
     add("--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)")
@@ -111,7 +111,7 @@ def parse_id(text: str) -> int:
 def parse_count(name: str, text: str) -> int:
     """Read an option's whole number. Raises InputError if the text is anything but 1 to 20 ASCII digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
+        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number without a sign")
     return int(text)
 
 

@@ -49,11 +49,11 @@ def open_model(
         from .panels import PanelFile
 
         model = PanelFile(path, mmap=mmap)
-    elif path.endswith(".gguf") or _begins_with(path, GGUF_MAGIC):
+    elif path.endswith(".gguf") or begins_with(path, GGUF_MAGIC):
         from .gguf import GGUFFile
 
         model = GGUFFile(path, mmap=mmap, threads=threads)
-    elif path.endswith(".json") and _begins_with(path, b"{"):
+    elif path.endswith(".json") and begins_with(path, b"{"):
         raise CheckpointError(f"{path}: JSON, not a model file: give the model's folder, or the file of its tensors")
     else:
         model = Checkpoint(path, mmap=mmap)
@@ -173,7 +173,8 @@ def _is_hugging_face(path: str) -> bool:
         return file.metadata.get("format") != FILE_FORMAT
 
 
-def _begins_with(path: str, start: bytes) -> bool:
+def begins_with(path: str, start: bytes) -> bool:
+    """Return whether this is a file with these first bytes."""
     if not os.path.isfile(path):  # opening a FIFO would block
         return False
     try:

@@ -1654,7 +1654,7 @@ def answer(tokens, new):
     assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
-@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 1), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
+@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 2), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
 def test_real_error_is_one_line(real: Fake, options: list[str], status: int) -> None:
     assert_refused(real.run(*options, "hi"), status, options[1])
 

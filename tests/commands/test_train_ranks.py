@@ -218,6 +218,13 @@ def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     )
 
 
+def test_a_launcher_of_another_mpi_is_one_line(folder: Path) -> None:
+    """Without the check, each rank would train alone, and all would write the same files."""
+    found = run(train("--parts", "2"), cwd=folder, env=environment(OMPI_COMM_WORLD_SIZE="2", MPI4PY_MPIABI="mpich"))
+    assert (found.status, found.err.count("but MPICH finds only this one: use its launcher")) == (2, 1), found
+    assert not Path("run.bin").exists()
+
+
 def test_the_estimate_adds_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--shape", "L=2,NH=2,C=64,maxT=16,V=999", "-B", "2", "-T", "16", "-t", "1"]
     assert main([*shape, "--estimate", "--parts", "12", "--gbit", "1"]) == 0
