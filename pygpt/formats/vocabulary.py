@@ -76,7 +76,7 @@ def _of_two_files(path: str) -> dict[str, Any]:
     for merge in merges:
         if merge.count(" ") != 1:
             raise InputError(f"{stem}{MERGES}: {merge[:40]!r} is not a merge: two tokens with a space between them")
-    tokens = {i: token for token, i in vocab.items()}
+    tokens = {i: token for token, i in vocab.items() if type(i) is int}
     if sorted(tokens) != [*range(len(vocab))]:
         raise InputError(f"{stem}{VOCAB}: its ids are not the whole numbers from 0 to {len(vocab) - 1}")
     merged = {merge.replace(" ", "") for merge in merges}

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
-from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, run
+from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, gist, run
 
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.config import TENSORS, Config
@@ -216,8 +216,8 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["a.bin", "sub"], ["sub", "not a regular file"]),
         (["a.bin", "fifo"], ["fifo", "not a regular file"]),
         (["a.bin", "/dev/null"], ["/dev/null", "not a regular file"]),
-        (["a.bin", "b.gguf"], ["b.gguf", "`pygpt quantize`"]),
-        (["a.bin", "b.safetensors"], ["b.safetensors", "`pygpt quantize`", "end DST with a /"]),
+        (["a.bin", "b.gguf"], ["b.gguf", "`pygpt quantize"]),
+        (["a.bin", "b.safetensors"], ["b.safetensors", "`pygpt quantize", "end DST with a /"]),
         (["a.bin", "absent/b.bin"], ["absent", "does not exist"]),
         (["a.bin", "text.txt/b.bin"], ["text.txt", "does not exist"]),
     ],
@@ -395,7 +395,7 @@ def test_written_in_pieces_or_whole(folder: Path, version: int, step: int) -> No
 def test_pieces_of_another_shape_are_refused(folder: Path, change: Callable[[Any], Any], found: str) -> None:
     config, tensors = arrays("a.bin")
     tensors["wpe"] = change(tensors["wpe"])
-    with pytest.raises(InputError, match=re.escape(f"wpe has shape {found}, expected (5, 6)")):
+    with pytest.raises(InputError, match=gist(f"wpe ... {found} ... (5, 6)")):
         write_checkpoint("b.bin", config, tensors)
     assert os.listdir() == ["a.bin"]
 
