@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import Checkpoint
 from .dtypes import ModelFile, layout
-from .files import is_pickle
+from .files import GGUF_MAGIC, begins_with, is_pickle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ..tokenizer import Tokenizer
     from .dtypes import Blocks, Format
-
-GGUF_MAGIC = b"GGUF"
 
 
 def open_model(
@@ -181,17 +179,6 @@ def _is_hugging_face(path: str) -> bool:
 
     with SafetensorsFile(path) as file:
         return file.metadata.get("format") != FILE_FORMAT
-
-
-def begins_with(path: str, start: bytes) -> bool:
-    """Return whether this is a file with these first bytes."""
-    if not os.path.isfile(path):  # opening a FIFO would block
-        return False
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(start)) == start
-    except OSError:  # the reader of the file says why
-        return False
 
 
 def blocks_of(model: ModelFile, name: str, kind: "Format") -> "Iterator[Blocks]":

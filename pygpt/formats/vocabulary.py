@@ -16,8 +16,7 @@ from typing import Any
 
 from ..errors import DataError, InputError
 from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
-from .files import atomic_file, small_file
-from .open import GGUF_MAGIC, begins_with
+from .files import GGUF_MAGIC, atomic_file, begins_with, small_file
 from .safetensors import parse_object
 
 FILE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
