@@ -268,7 +268,7 @@ class Chat:
                 write(decoder.finish() + "\n")
             except (ChildError, InputError) as error:
                 write("\n" if len(times) > 1 else "")  # so that the message begins a line
-                raise ChildError(str(error)) from None
+                raise (error if isinstance(error, ChildError) else ChildError(str(error))) from None
         stats = self._command.show_notices(others=True) or ""
         if self._settings.switches["stats"]:
             say(speed(times) + "".join(stats.partition("; ")[1:]))  # with the child's count of guesses

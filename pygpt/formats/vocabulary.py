@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DataError, InputError
 from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
-from .files import atomic_file, small_file
+from .files import GGUF_MAGIC, atomic_file, begins_with, small_file
 from .safetensors import parse_object
 
 FILE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -43,7 +43,7 @@ def read_vocabulary(path: str) -> dict[str, Any]:
     """Read a vocabulary of any form. Raises InputError."""
     if os.path.isdir(path):
         path = next((name for name in (os.path.join(path, FILE), os.path.join(path, VOCAB)) if os.path.isfile(name)), path)
-    if path.endswith(".gguf"):
+    if path.endswith(".gguf") or begins_with(path, GGUF_MAGIC):
         from .gguf import GGUFFile
 
         with GGUFFile(path) as model:

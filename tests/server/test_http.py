@@ -145,6 +145,10 @@ def test_unix_socket(path: Path, tmp_path: Path) -> None:
         assert running.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
         with pytest.raises(Exception, match="cannot listen at"):
             app.listen("", 0, where)
+    (tmp_path / "notes").write_text("kept")
+    with pytest.raises(Exception, match="cannot listen at"):
+        app.listen("", 0, str(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "kept"
 
 
 # ------------------------------------------------------------------------------------------------ the other answers

@@ -386,6 +386,7 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": u32("gpt2.feed_forward_length", 100)}, ("blk.0.ffn_up.weight ... (32, 128) ... (32, 100)",)),
     ({"a": u32("gpt2.attention.head_count_kv", 1)}, ("head_count_kv is 1 ... 2",)),
     ({"a": pair("split.count", 2, struct.pack("<H", 2))}, ("one of 2 parts", "merge")),
+    ({"a": pair("split.count", 2, struct.pack("<H", 2)), "general_architecture": None}, ("one of 2 parts", "merge")),
     ({"a": u32("general.alignment", 48)}, ("begins at",)),
     ({"a": u32("general.alignment", 12)}, ("general.alignment is 12",)),
     ({"a": u32("general.alignment", 0)}, ("general.alignment is 0",)),
