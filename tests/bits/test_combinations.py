@@ -9,7 +9,7 @@ options contradict each other, one line refuses them.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from budget import Budget
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from serving import Answer, joined, live
 from targets import blocks_by_layer, weights
@@ -298,7 +298,7 @@ def requests_over_http(data: st.DataObject, folder: Path) -> None:
             body["sampler"] = "median"
         sent.append((checked(made.config, prompt, options, stop_in_prompt=False), body))
     path = made.other if "weights" not in made.options else made.plain
-    limits = {"threads": data.draw(st.integers(1, 3)), "max_live": data.draw(st.integers(1, 6)), "queue": 100}
+    limits: Options = {"threads": data.draw(st.integers(1, 3)), "max_live": data.draw(st.integers(1, 6)), "queue": 100}
     with live(path, **limits) as at, ThreadPoolExecutor(len(sent)) as clients:
         answers = list(clients.map(lambda each: at.ask("POST", "/v1/completions", each[1]), sent))
     with GPT2.load(made.plain, threads=1) as plain:
@@ -344,15 +344,37 @@ def top(tokenizer: Tokenizer, token: int, value: float) -> list[Any]:
     return [token, token_text(tokenizer.decode_bytes([token])), value]
 
 
+def check(
+    case: Callable[[st.DataObject, Path], None], examples: int, number: int, phases: Collection[Phase] = tuple(Phase)
+) -> None:
+    """Try examples of a case. number: the seed."""
+
+    @seed(number)
+    @settings(deadline=None, max_examples=examples, database=None, suppress_health_check=[*HealthCheck], phases=phases)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            case(data, Path(folder))
+
+    run()
+
+
 @pytest.mark.parametrize(("case", "few"), [(requests_in_an_engine, 40), (caches, 30), (requests_over_http, 15)])
-def test_features_together(budget: Budget, case: Callable[[st.DataObject, Path], None], few: int) -> None:
+def test_features_together(budget: Budget, case: Case, few: int) -> None:
     for _ in budget.rounds():
+        check(case, few, budget.random.randrange(1 << 32))
 
-        @seed(budget.random.randrange(1 << 32))
-        @settings(deadline=None, max_examples=few, database=None, suppress_health_check=[*HealthCheck])
-        @given(st.data())
-        def check(data: st.DataObject) -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                case(data, Path(folder))
 
-        check()
+@pytest.mark.parametrize(
+    ("case", "replaced", "by"),
+    [
+        (requests_in_an_engine, "pygpt.generation.prefix.common_prefix", lambda a, b, most: min(len(a), most)),
+        (requests_in_an_engine, "pygpt.generation.prefix.Memory.keep", lambda *_: None),
+        (caches, "pygpt.network.KVCache.copy", lambda cache, *_, **__: cache),
+        (requests_over_http, "pygpt.server.answering.LEAST", -1.0),
+    ],
+)
+def test_a_defect_is_found(monkeypatch: pytest.MonkeyPatch, case: Any, replaced: str, by: Any) -> None:
+    monkeypatch.setattr(replaced, by)
+    with pytest.raises((AssertionError, InputError)):
+        check(case, 100, 1, [Phase.generate])
