@@ -111,7 +111,7 @@ def parse_id(text: str) -> int:
 def parse_count(name: str, text: str) -> int:
     """Read an option's whole number. Raises InputError if the text is anything but 1 to 20 ASCII digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
+        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number, 0 or more")
     return int(text)
 
 
