@@ -336,31 +336,6 @@ def test_steering_is_a_loop_of_steps(model: GPT2, sampler: str) -> None:
 # ------------------------------------------------------------------------------------------------ the engine
 
 
-@settings(deadline=None, max_examples=25)
-@given(data=st.data())
-def test_requests_with_edits_and_without_keep_their_bits_together(model: GPT2, data: st.DataObject) -> None:
-    """Caches computed with edits are not reused without them, and the other way round."""
-    prefix = model.new_prefix_cache()
-    asked = []
-    for i in range(data.draw(st.integers(2, 6))):
-        edits = data.draw(st.sampled_from([None, STEER, {("ln2", 0, 1): add(1.0)}]))
-        prompt = TOKENS[: data.draw(st.integers(1, 12))]
-        asked.append(
-            (prompt, {"edits": edits, "seed": i, "speculation": data.draw(st.sampled_from([None, 2])), "top_logprobs": 2})
-        )
-    engine = Engine(model.network, prefix=prefix, max_live=data.draw(st.integers(1, 6)), draft=model.draft)
-    jobs = [engine.add(Request(model.config, p, max_new_tokens=6, **options), n=2) for p, options in asked]
-    for event in engine.run():
-        assert event.error is None
-    for (prompt, options), job in zip(asked, jobs, strict=True):
-        seed, others = options["seed"], {name: value for name, value in options.items() if name != "seed"}
-        alone = model.generate_batch([prompt], num_return_sequences=2, seed=seed, max_new_tokens=6, **others)
-        assert [(c.tokens, c.infos) for c in job.completions] == [(c.tokens, c.infos) for c in alone]
-    for prompt, options in asked:  # what is left in the prefix cache is plain
-        again = [*model.generate(prompt, cache=prefix, max_new_tokens=6, seed=options["seed"])]
-        assert again == [*model.generate(prompt, max_new_tokens=6, seed=options["seed"])]
-
-
 def test_several_completions_of_one_request_share_its_prompt(model: GPT2) -> None:
     rows: list[int] = []
     engine, step = Engine(model.network), model.network.step
