@@ -179,8 +179,8 @@ class _Encoding:
         if not all(type(i) is int and 0 <= i <= 1 << 20 for i in (*vocab.values(), *(token["id"] for token in added))):
             raise InputError("the vocabulary has ids that are not whole numbers from 0 to 1048576")
         self.bytes = [f"<|{token}|>".encode() for token in range(most + 1)]
-        for token, i in vocab.items():
-            self.bytes[i] = _unspelled(token)
+        for spelled, i in vocab.items():
+            self.bytes[i] = _unspelled(spelled)
         for each in added:
             self.bytes[each["id"]] = each["content"].encode()
         self._rules = {token["content"]: token for token in sorted(added, key=lambda token: -len(token["content"]))}

@@ -1,7 +1,7 @@
 """The vocabulary of a model in any of its files, as the contents of a tokenizer.json: find, read, make and write it.
 
-A model's vocabulary lies beside the model file as NAME.tokenizer.json, in the folder of a Hugging Face model (tokenizer.json,
-or vocab.json with merges.txt), or inside a GGUF or safetensors file. llm.c's tokenizer.bin has the tokens without their merges;
+A model's vocabulary lies beside the model file as NAME.tokenizer.json, or inside a GGUF or safetensors file. The folder of a
+Hugging Face model has tokenizer.json, or vocab.json with merges.txt. llm.c's tokenizer.bin has the tokens without their merges;
 the merge of a token is the pair that its bytes become by the merges before it.
 
 Refuses a vocabulary that is not byte-level BPE. Source: Hugging Face's tokenizers, tokenizer/serialization.rs.

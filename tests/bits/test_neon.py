@@ -1,6 +1,7 @@
 """NEON gives the same bits as the x86-64 sets with FMA. Every kernel is cross-compiled for aarch64 and runs in an emulator.
 
-AMX runs in emulated_amx.h, plain C in place of its few instructions. The kernels are compiled here, so this is also where the format of docs/add-a-weight-format.md is added and tried.
+AMX runs in emulated_amx.h, plain C in place of its few instructions. The kernels are compiled here, so this is also where
+the format of docs/add-a-weight-format.md is added and tried.
 
 Needs an x86-64 machine with FMA and a C compiler, for NEON also Debian's gcc-aarch64-linux-gnu and qemu-user. Elsewhere the
 tests are skipped.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from serving import MAXT, Live, bare, joined, live, tiny
 
@@ -153,6 +153,38 @@ def test_only_the_prompt_is_scored(at: Live) -> None:
         assert none["choices"][0]["logprobs"][name][: MAXT - 1] == one["choices"][0]["logprobs"][name][: MAXT - 1]
     assert at.complete("Hello", max_tokens=0, echo=True)["choices"][0]["text"] == "Hello"
     assert at.complete(HELLO, max_tokens=0, echo=True, logprobs=0, n=3)["choices"][2]["logprobs"]["token_logprobs"] == [None]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    prompt=st.text(max_size=20).filter(lambda text: 0 < len(Tokenizer().encode(text)) < 60),
+    fields=st.fixed_dictionaries(
+        {"max_tokens": st.integers(1, 30)},
+        optional={
+            "n": st.integers(1, 3),
+            "echo": st.booleans(),
+            "logprobs": st.integers(0, 3),
+            "temperature": st.sampled_from([0, 0.5, 5.0]),
+            "stop": st.lists(st.sampled_from(["e", "an", "\ufffd", " t", "in", "o"]), max_size=3),
+            "return_token_ids": st.booleans(),
+        },
+    ),
+)
+@example(prompt="One two", fields={"max_tokens": 5, "echo": True, "return_token_ids": True})
+def test_a_stream_is_the_whole_answer(at: Live, prompt: str, fields: dict[str, Any]) -> None:
+    whole = at.complete(prompt, seed=3, **fields)
+    events = at.stream(prompt, seed=3, stream_options={"include_usage": True}, **fields)
+    last = events.pop()
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert all(event["usage"] is None for event in events)
+    assert joined(events) == whole["choices"]
+    for choice in whole["choices"]:
+        for found in [choice["logprobs"]] if choice["logprobs"] else []:
+            assert all(0 <= offset <= len(choice["text"]) for offset in found["text_offset"])
+            assert found["text_offset"] == sorted(found["text_offset"])
+        new = choice["text"][len(prompt) if fields.get("echo") else 0 :]
+        stops = {*fields.get("stop", [])} - {"\ufffd"}  # half a character shows as this one, but has other bytes
+        assert not any(stop in new for stop in stops)
 
 
 def test_stream_options(at: Live) -> None:
@@ -366,7 +398,8 @@ def test_a_failing_step_is_an_error_of_its_requests(at: Live, monkeypatch: pytes
     assert b"[DONE]" not in answer.body
     monkeypatch.undo()
     monkeypatch.setattr(type(at.model.network), "step", lambda *_: 1 / 0)
-    assert at.refused(500, {"prompt": "Hello"})["code"] == "internal_error"
+    for stream in (False, True):
+        assert at.refused(500, {"prompt": "Hello", "stream": stream})["code"] == "internal_error"
     monkeypatch.undo()
     assert bare(at.complete(seed=1, max_tokens=5)) == wanted
     assert "planted secret" in capsys.readouterr().err

@@ -238,7 +238,7 @@ def strategies_text(report: Report) -> str:
     heads = ["strategy", "threads", "rounds", "barriers", *["ms", "up", "ciency"] * len(modes), *["speed-up"] * len(stages)]
     rows = []
     for way in found["ways"]:
-        row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "meetings_a_step"))]
+        row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "barriers_a_step"))]
         for mode in modes:
             row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in ("speedup", "efficiency"))]
         rows.append([*row, *(number(way[f"{name}_speedup"]) for name in stages)])
