@@ -142,7 +142,7 @@ def trained_on(text: Iterable[str], size: int) -> dict[str, Any]:
 def write_vocabulary(path: str, vocabulary: dict[str, Any]) -> None:
     """Write a tokenizer.json atomically. Raises OSError."""
     with atomic_file(path) as file:
-        file.write(json.dumps(vocabulary, ensure_ascii=False, indent=1).encode())
+        file.write(json.dumps(vocabulary, indent=1).encode())
 
 
 def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
@@ -155,5 +155,5 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     objects = {FILE: found, "tokenizer_config.json": settings, "special_tokens_map.json": special, VOCAB: vocab}
-    files = {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in objects.items()}
-    return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode()}
+    files = {name: json.dumps(value, indent=1).encode() for name, value in objects.items()}
+    return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")}
