@@ -326,7 +326,7 @@ def test_the_queue_is_bounded(path: Path, slow: None) -> None:
 
 
 def test_the_time_limit_of_requests(path: Path, slow: None) -> None:
-    with live(path, request_timeout=0.6) as running:
+    with live(path, request_timeout=1.5) as running:
         assert running.refused(504, {"prompt": "a", "max_tokens": 90, "ignore_eos": True})["code"] == "timeout"
         fields = {"prompt": "a", "max_tokens": 90, "ignore_eos": True, "stream": True}
         events = running.ask("POST", "/v1/completions", fields).events()
