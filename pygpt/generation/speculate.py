@@ -27,6 +27,7 @@ MOST = 8  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup needs
 WORTH = 1.02  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
+PATIENCE = 64  # tokens, at least, before a draft that does not seem to pay guesses again
 LOOK_S = 5e-6  # of one sequence in a step, to look for guesses
 LOOKS = 0.1  # plain steps: when looks in vain have taken so long, the sequence rests
 IN_VAIN = 0.005  # the share of time for looks and guesses of a sequence that do not pay: it rests in between
@@ -204,7 +205,7 @@ class Speculator:
         length, due = len(completion.sequence), state.due
         if not drafts or length < due:
             return 0
-        state.due = length + 1 + int((row + guess) / IN_VAIN)
+        state.due = length + PATIENCE + int((row + guess) / IN_VAIN)
         return min(due, 1)
 
     def note(self, sequences: int, guesses: int, seconds: float) -> None:
