@@ -245,13 +245,13 @@ def test_a_job_that_ended_before_its_first_answer_does_not_bind_the_next(
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ("[1]", "line 2 is [1]: it must be an object"),
+        ("[1]", "line 2 ... [1] ... object"),
         ("{", "line 2 is not JSON"),
         ({"id": 5}, 'line 2: give either "prompt"'),
         ({"id": 5, "tokens": [1], "prompt": "x"}, 'either "prompt"'),
         ({"id": 5, "prompt": "x"}, "not GPT-2's"),
         ({"id": 1.5, "tokens": [1]}, '"id" is 1.5'),
-        ({"id": "r0", "tokens": [1]}, "line 2: the id 'r0' occurs twice"),
+        ({"id": "r0", "tokens": [1]}, "line 2: ... 'r0' ... twice"),
         ({"tokens": [1], "max_tokens": 3}, "unknown key 'max_tokens'"),
         ({"tokens": [1], "top_k": None}, "'top_k' is null"),
         ({"tokens": [SHAPE.V]}, str(SHAPE.V)),
@@ -267,8 +267,7 @@ def test_bad_lines_are_refused_before_anything_runs(
     folder: Path, capsys: pytest.CaptureFixture[str], row: object, named: str
 ) -> None:
     write([ROWS[0], row])
-    assert main(["in.jsonl", "-o", "out.jsonl", *OPTIONS]) == 2
-    assert named in capsys.readouterr().err
+    assert_refuses(main, capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], named)
     assert os.listdir() == ["in.jsonl"]  # so that the corrected lines can be answered
     if isinstance(row, dict) and "twice" not in named:
         found = answers("--keep-going")

@@ -195,7 +195,7 @@ def test_patching_a_text_with_itself_changes_no_bit(model: GPT2, name: str) -> N
 
 
 def test_refused_patches(model: GPT2) -> None:
-    with pytest.raises(InputError, match="7 and 6 tokens: patching needs texts of equal length"):
+    with pytest.raises(InputError, match=r"7 and 6 tokens.*equal"):
         patch_activations(model, IDS, OTHERS[1:], Logit(1))
     for name in ("encoded", "probs"):
         with pytest.raises(InputError, match=f"name is '{name}'"):
@@ -331,7 +331,7 @@ def test_refused_autoencoders(tmp_path: Path) -> None:
         {"W_enc": np.zeros((0, 0), np.float32)},
     ):
         save_file(tensors | wrong, file)
-        with pytest.raises(CheckpointError, match=r"expected the tensors W_enc \(C, F\)"):
+        with pytest.raises(CheckpointError, match=r"W_enc \(C, F\)"):
             SparseAutoencoder.load(file)
     save_file({name: array for name, array in tensors.items() if name != "b_dec"}, file)
     with pytest.raises(CheckpointError, match="b_dec"):
