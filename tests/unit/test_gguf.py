@@ -246,6 +246,11 @@ def test_the_vocabulary_is_gpt2s(folder: Path) -> None:
         text("tokenizer.ggml.pre", "gpt-2"),
     ):
         assert expected in content
+    unsigned = types.replace(struct.pack("<IQ", 5, 50257), struct.pack("<IQ", 4, 50257))
+    Path("unsigned.gguf").write_bytes(content.replace(types, unsigned))
+    with GGUFFile("words.gguf") as signed, GGUFFile("unsigned.gguf") as other:
+        assert signed.vocabulary()["added_tokens"]
+        assert signed.vocabulary() == other.vocabulary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +397,7 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": pair("x", 9, struct.pack("<IQ", 9, 1))}, ("'x' ... arrays",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 0, 1 << 62))}, ("the length of 'x'",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1 << 62))}, ("truncated: 'x'",)),
+    ({"a": pair("x", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 63))}, ("truncated: 'x'",)),
     ({"a": pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + string("a"))}, ("tokens has 1 tokens", "65 rows")),
 ]
 

@@ -225,6 +225,7 @@ def test_gradients_of_residuals_are_those_of_finite_differences(path: str, weigh
         }
         again = engine.residual_gradients(np.array(IDS), logit.gradient(7, config.V))
         assert all(np.array_equal(array, again[name]) for name, array in found.items())
+    assert not Logit(11, 11).gradient(7, 97).any()  # the lead over itself
     known = oracle.forward_activations(weights, config, IDS)
 
     def number(stream: Array, layer: int) -> float:
@@ -304,6 +305,7 @@ def test_features_are_those_of_numpy(tmp_path: Path, model: GPT2, subtract: bool
     expected = np.where(before > w.get("threshold", 0), before, 0)
     found = sae.encode(stream)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert not sae._replace(threshold=found[2]).encode(stream)[2].any()  # a feature must be above its threshold
     best = sae.top(stream[2], 4)
     assert [feature for feature, _ in best] == np.argsort(-expected[2])[:4].tolist()
     np.testing.assert_allclose([value for _, value in best], np.sort(found[2])[:-5:-1], rtol=1e-5)  # NumPy's sums vary
