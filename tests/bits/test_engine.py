@@ -18,7 +18,7 @@ from make_checkpoint import make
 from pygpt import GPT2, InputError, NumericalError, SerialGPT2
 from pygpt.formats.open import open_weights
 from pygpt.generation.completion import Completion
-from pygpt.generation.engine import FEWEST_ROWS, Engine, Event, Job, _Clock
+from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
 from pygpt.generation.prefix import Memory
 from pygpt.generation.request import Request
 from pygpt.generation.speculate import MIXED_ROWS, MOST, WORTH, Draft, Share, Speculation, Speculator
