@@ -86,15 +86,8 @@ INLINE void product_in_tiles(const int bits, float *out, ptrdiff_t ldo, const vo
     _tile_release();
 }
 
-#define FUNCTIONS(name, bits)                                                                                            \
-    static void tiles_##name(float *out, ptrdiff_t ldo, const void *packed, ptrdiff_t rows, const weight_matrix *w,      \
-                             ptrdiff_t start, ptrdiff_t stop, const void *room) {                                        \
-        (void)room;                                                                                                      \
-        product_in_tiles(bits, out, ldo, packed, rows, w, start, stop);                                                  \
-    }
-EACH_QUANTISED(FUNCTIONS)
-
-static int probe_tiles(ptrdiff_t times) {
+INLINE int probe_tiles(const int bits, ptrdiff_t times) {
+    (void)bits;
     _tile_loadconfig(&TILES);
     for (ptrdiff_t t = 0; t < times; t++) {
         _tile_dpbssd(0, 3, 4);
@@ -105,13 +98,7 @@ static int probe_tiles(ptrdiff_t times) {
     return 0;
 }
 
-#undef PRODUCT
-#undef PROBE
-#undef PROBE_OPERATIONS
-#define PRODUCT(id) tiles_##id
-#define PROBE(id) probe_tiles
-#define PROBE_OPERATIONS (2 * BAND * OUTPUTS * GROUP * TILE_PANELS)
-QUANTISED(avx512amx)
+TABLE(avx512amx, product_in_tiles, probe_tiles, 2 * BAND * OUTPUTS * GROUP * TILE_PANELS)
 END_TARGET
 #endif
 #endif

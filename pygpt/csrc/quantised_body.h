@@ -311,31 +311,32 @@ INLINE int probe(const int bits, ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the table */
 
-#define EACH_QUANTISED(f) f(q8_0, Q8) f(q4_0, Q4)
-#define FUNCTIONS(name, bits)                                                                                            \
+#define EACH_QUANTISED(f, ...) f(q8_0, Q8, __VA_ARGS__) f(q4_0, Q4, __VA_ARGS__)
+#define FUNCTIONS(name, bits, ...)                                                                                       \
     static void gemm_##name(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,                  \
                             const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {                       \
         gemm(bits, out, ldo, inp, ldi, rows, w, start, stop, room);                                                      \
-    }                                                                                                                    \
-    static void product_##name(float *out, ptrdiff_t ldo, const void *packed, ptrdiff_t rows, const weight_matrix *w,    \
-                               ptrdiff_t start, ptrdiff_t stop, const void *room) {                                      \
-        (void)room;                                                                                                      \
-        product(bits, out, ldo, packed, rows, w, start, stop);                                                           \
     }                                                                                                                    \
     static void widen_##name(float *out, const weight_matrix *w, ptrdiff_t row) { widen(bits, out, w, row); }            \
     static int quantise_##name(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start,            \
                                ptrdiff_t stop, float *room) {                                                            \
         return quantise(bits, out, from, w, start, stop, room);                                                          \
-    }                                                                                                                    \
-    static int probe_##name(ptrdiff_t times) { return probe(bits, times); }
+    }
 EACH_QUANTISED(FUNCTIONS)
-#undef FUNCTIONS
 
-#define ROW(id, bits)                                                                                                    \
+/* Define the table of a set from its functions for many rows: `many` as product() above, and `limit` as probe(). */
+#define TABLE(set, many, limit, operations) \
+    EACH_QUANTISED(FOR_MANY_ROWS, many, limit) \
+    const weight_format quantised_##set[2] = {EACH_QUANTISED(ROW, many, limit, operations)};
+#define FOR_MANY_ROWS(name, bits, many, limit)                                                                           \
+    static void many##_##name(float *out, ptrdiff_t ldo, const void *packed, ptrdiff_t rows, const weight_matrix *w,     \
+                              ptrdiff_t start, ptrdiff_t stop, const void *room) {                                       \
+        (void)room;                                                                                                      \
+        many(bits, out, ldo, packed, rows, w, start, stop);                                                              \
+    }                                                                                                                    \
+    static int limit##_##name(ptrdiff_t times) { return limit(bits, times); }
+#define ROW(id, bits, many, limit, operations)                                                                           \
     {.name = #id, .block_values = GROUP, .value_bytes = GROUP * bits / 8, .scale_bytes = 2, .interleave = OUTPUTS,       \
-     .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = PRODUCT(id),    \
-     .widen = widen_##id, .quantise = quantise_##id, .probe = PROBE(id), .probe_operations = PROBE_OPERATIONS},
-#define PRODUCT(id) product_##id
-#define PROBE(id) probe_##id
-#define PROBE_OPERATIONS (2 * 4 * W * PROBE_CHAINS)
-#define QUANTISED(set) const weight_format quantised_##set[2] = {EACH_QUANTISED(ROW)};
+     .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = many##_##id,    \
+     .widen = widen_##id, .quantise = quantise_##id, .probe = limit##_##id, .probe_operations = operations},
+#define QUANTISED(set) TABLE(set, product, probe, 2 * 4 * W * PROBE_CHAINS)
