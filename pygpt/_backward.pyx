@@ -20,26 +20,17 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from pygpt._kernels cimport (
+    DATTENTION, DATTPROJ, DENCODER, DFC, DFCPROJ, DHEAD, DLN1, DLN2, DLNF, DLOGITS, DQKV, NORM, UPDATE,
     Floats, KeysValues, Net, Row, State, Step, Tensor, Tensors, Weights, adamw_numbers, barrier_reset, done, float32, floats_of,
     done_and_wait, forward, gemm_floats, micro, padded, score_scale, shard, share, trace_begin, trace_worker,
 )
 
-from ._kernels import PHASES
 from .errors import ClosedError, InputError
 
 cdef enum:
     NORM_BLOCK = 1 << 16      # values in one sum of squares
     SPAN_ROWS = 16            # queries in one tile of the attention
     SPAN_KEYS = 64            # keys whose gradients are computed together
-
-
-cdef int _phase(name) except -1:
-    return PHASES.index(name)
-
-cdef int DLOGITS = _phase("dlogits"), DHEAD = _phase("dhead"), DLNF = _phase("dlnf"), DFCPROJ = _phase("dfcproj")
-cdef int DFC = _phase("dfc"), DLN2 = _phase("dln2"), DATTPROJ = _phase("dattproj"), DATTENTION = _phase("dattention")
-cdef int DQKV = _phase("dqkv"), DLN1 = _phase("dln1"), DENCODER = _phase("dencoder")
-cdef int NORM = _phase("norm"), UPDATE = _phase("update")
 
 
 cdef struct Back:             # the state of the backward pass
@@ -308,11 +299,7 @@ cdef void update(const Flat* f, adamw_numbers numbers, const double[:, ::1] span
 
 
 cdef enum Task:               # the work of a round
-    FORWARD
-    BACKWARD
-    SQUARES
-    ADAMW
-    STREAM
+    FORWARD, BACKWARD, SQUARES, ADAMW, STREAM
 
 
 cdef class TrainStep(Step):

@@ -109,9 +109,8 @@ cdef extern from "sampler.h" nogil:
         uint32_t id
 
     ptrdiff_t inverse_cdf_id(const float* logits, float* e, ptrdiff_t V, float coin, exps_function* exps)
-    int sample_weights_of(
-        float* e, const float* x, ptrdiff_t V, const sample_options*, ranked* order, ranked* spare, exps_function* exps,
-    )
+    int sample_weights_of(float* e, const float* x, ptrdiff_t V, const sample_options*, ranked* order, ranked* spare,
+                          exps_function* exps)
     ctypedef void noise_function(uint32_t*, uint32_t, const uint32_t*, uint32_t, uint32_t) noexcept nogil
     ctypedef struct noise_source:
         uint64_t seed, step
@@ -122,6 +121,11 @@ cdef extern from "sampler.h" nogil:
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)
     void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V)
+
+
+cdef enum Phase:              # the parts of a step, in the order of PHASES: forward, then training
+    ENCODER, LN1, QKV, ATTENTION, ATTPROJ, LN2, FC, FCPROJ, LNF, LOGITS, LOSS, PACK
+    DLOGITS, DHEAD, DLNF, DFCPROJ, DFC, DLN2, DATTPROJ, DATTENTION, DQKV, DLN1, DENCODER, NORM, UPDATE
 
 
 cdef struct Tensor:           # one of the sixteen tensors, all layers' parts one after another
@@ -205,9 +209,8 @@ cdef const microkernels* micro      # the table of the chosen instruction set
 cdef const weight_format* float32   # the format of keys, values and vectors
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
-cdef void share(
-    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
-) noexcept nogil
+cdef void share(Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start,
+                Py_ssize_t* stop) noexcept nogil
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
 

@@ -137,26 +137,12 @@ cdef struct Product:      # out = inp weight^T, then the epilogue
     Py_ssize_t layer
 
 
-PHASES = (
+PHASES = (  # the parts of a step, in the order of Phase
     "encoder", "ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj", "lnf", "logits",  # forward
     "loss", "pack",                                                                            # "pack": a part of products
     "dlogits", "dhead", "dlnf",                                                                # training, _backward.pyx
     "dfcproj", "dfc", "dln2", "dattproj", "dattention", "dqkv", "dln1", "dencoder", "norm", "update",
 )
-
-cdef enum Phase:              # the parts of a step, in the order of PHASES
-    ENCODER
-    LN1
-    QKV
-    ATTENTION
-    ATTPROJ
-    LN2
-    FC
-    FCPROJ
-    LNF
-    LOGITS
-    LOSS
-    PACK
 
 cdef enum:
     LAYER_PHASES = LNF - LN1

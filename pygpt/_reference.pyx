@@ -628,10 +628,8 @@ cdef class Activations:
 
     def __cinit__(self, config, Py_ssize_t B, Py_ssize_t T, *, bint keep):
         cdef Py_ssize_t C = config.C, V = config.V, N = B * T, layers = config.L if keep else 1
-        self.shape = Shape(
-            B, T, C, config.L, config.NH, V, config.F, ACTIVATIONS.index(config.activation), config.epsilon,
-            config.scaled, config.scaled_by_layer,
-        )
+        self.shape = Shape(B, T, C, config.L, config.NH, V, config.F, ACTIVATIONS.index(config.activation), config.epsilon,
+                           config.scaled, config.scaled_by_layer)
         # in the order of Acts
         of_layers = (N * C, N, N, N * 3 * C, N * C, N * config.NH * T, N * C, N * C, N, N, N * config.F, N * config.F, N * C)
         self.memory = point(<float**> &self.acts, (N * C, *(layers * size for size in of_layers), N * C, N * C, N * C, N, N))
@@ -683,8 +681,7 @@ cdef class Reference:
         to.weight, to.scale, to.step, to.scale_step = &weight[0], &scale[0], N * K, N * groups
         for layer in range(layers):
             unpack_panels(
-                to.weight + layer * N * K, to.scale + layer * N * groups,
-                &data[layer * (data.shape[0] // layers)], bits, K, N,
+                to.weight + layer * N * K, to.scale + layer * N * groups, &data[layer * (data.shape[0] // layers)], bits, K, N
             )
         for o in range(N):
             for i in range(K):
