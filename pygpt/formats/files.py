@@ -92,12 +92,8 @@ class MappedFile(Closing):
                     count = file.readinto(rest) or 0
                 done += count
         after = os.fstat(self._fd)
-        if (
-            done != self.size
-            or after.st_size != done
-            or after.st_mtime_ns != before.st_mtime_ns
-            or memory[: len(header)] != header
-        ):
+        same = (done, after.st_size, after.st_mtime_ns) == (self.size, self.size, before.st_mtime_ns)
+        if not same or memory[: len(header)] != header:
             raise self._refusal(f"{self.path}: the {self._kind} changed while pygpt read it: try again when it is complete")
         return memoryview(memory).toreadonly()
 

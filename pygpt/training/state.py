@@ -93,12 +93,41 @@ class TrainingState(Closing):
             self.close()
             raise CheckpointError(f"{os.fspath(path)}: {error}") from None
 
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
+
     def _check(self, header: bytes, found: int) -> None:
+        """Take the shape and the JSON's size from the header of a file of `found` bytes."""
+        if len(header) < HEADER_BYTES:
+            raise self._bad(f"truncated: {found} bytes, shorter than the header of {HEADER_BYTES} bytes")
+        magic, version, maxT, V, L, NH, C, Vp, json_bytes, *reserved = struct.unpack("<256i", header)
+        if magic != MAGIC:
+            raise self._bad(f"magic number {magic}, expected {MAGIC}: not a training state")
+        if version not in (VERSION, VARIED_VERSION):
+            raise self._bad(f"version {version} of the format, expected {VERSION} or {VARIED_VERSION}")
+        variations = {}
+        if version == VARIED_VERSION:
+            F, activation, epsilon, *switches = VARIATIONS.unpack_from(header, 36)
+            reserved = [*header[36 + VARIATIONS.size :]]
+            if not 0 <= activation < len(ACTIVATIONS):
+                raise self._bad(f"bad header: activation {activation} is unknown")
+            variations = {"F": F, "activation": ACTIVATIONS[activation], "epsilon": epsilon}
+            variations |= dict(zip(SWITCHES, switches, strict=True))
         try:
-            self.config, json_bytes = _read_header(header, found)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {error}") from None
-        self._values = HEADER_BYTES + json_bytes  # the offset of the first buffer
+            config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C, **variations)
+        except InputError as error:
+            raise self._bad(f"bad header: {error}") from None
+        if Vp != config.Vp:
+            raise self._bad(f"bad header: Vp is {Vp}, expected {config.Vp} for V = {V}")
+        if not 0 < json_bytes <= JSON_LIMIT or json_bytes % 64:
+            raise self._bad(f"bad header: {json_bytes} bytes of JSON, expected a multiple of 64 up to {JSON_LIMIT}")
+        if any(reserved):
+            raise self._bad("bad header: a reserved field is not 0")
+        expected = HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES
+        if found != expected:
+            flaw = "truncated" if found < expected else "too long"
+            raise self._bad(f"{flaw}: {found} bytes, expected {expected} with {config}")
+        self.config, self._values = config, HEADER_BYTES + json_bytes  # the offset of the first buffer
 
     def _check_sum(self) -> None:
         """Compare the SHA-256 at the end with that of the bytes before it. Raises ValueError if they differ."""
@@ -133,39 +162,6 @@ def _finite(text: str) -> float:
     if math.isinf(number := float(text)):
         raise ValueError(f"{text[:40]} is beyond float64")
     return number
-
-
-def _read_header(header: bytes, found: int) -> tuple[Config, int]:
-    """Return the shape and the JSON's size from the header of a file of `found` bytes. Raises ValueError for a wrong field."""
-    if len(header) < HEADER_BYTES:
-        raise ValueError(f"truncated: {found} bytes, shorter than the header of {HEADER_BYTES} bytes")
-    magic, version, maxT, V, L, NH, C, Vp, json_bytes, *reserved = struct.unpack("<256i", header)
-    if magic != MAGIC:
-        raise ValueError(f"magic number {magic}, expected {MAGIC}: not a training state")
-    if version not in (VERSION, VARIED_VERSION):
-        raise ValueError(f"version {version} of the format, expected {VERSION} or {VARIED_VERSION}")
-    variations = {}
-    if version == VARIED_VERSION:
-        F, activation, epsilon, *switches = VARIATIONS.unpack_from(header, 36)
-        reserved = [*header[36 + VARIATIONS.size :]]
-        if not 0 <= activation < len(ACTIVATIONS):
-            raise ValueError(f"bad header: activation {activation} is unknown")
-        variations = {"F": F, "activation": ACTIVATIONS[activation], "epsilon": epsilon}
-        variations |= dict(zip(SWITCHES, switches, strict=True))
-    try:
-        config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C, **variations)
-    except InputError as error:
-        raise ValueError(f"bad header: {error}") from None
-    if Vp != config.Vp:
-        raise ValueError(f"bad header: Vp is {Vp}, expected {config.Vp} for V = {V}")
-    if not 0 < json_bytes <= JSON_LIMIT or json_bytes % 64:
-        raise ValueError(f"bad header: {json_bytes} bytes of JSON, expected a multiple of 64 up to {JSON_LIMIT}")
-    if any(reserved):
-        raise ValueError("bad header: a reserved field is not 0")
-    expected = HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES
-    if found != expected:
-        raise ValueError(f"{'truncated' if found < expected else 'too long'}: {found} bytes, expected {expected} with {config}")
-    return config, json_bytes
 
 
 def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
