@@ -18,6 +18,7 @@ from statistics import median
 
 from ._kernels import Floats, probe_dots, probe_fma, probe_read, zero
 from .cpus import resolve_threads
+from .errors import Closing
 from .pool import ThreadPool
 
 TYPE_CHECKING = False
@@ -29,7 +30,7 @@ FMA_TIMES = 2_000_000
 UPDATE_BYTES = 28  # AdamW's traffic per parameter: read parameter, gradient and two moments; write all but the gradient
 
 
-class Ceilings:
+class Ceilings(Closing):
     """Measure the limits of `threads` workers: `read_gb_s`, `fma_gflop_s` and, with `stream`, `stream_gb_s`.
 
     dots: names of quantised weight formats, such as "q8_0", whose integer operations are measured, too.
@@ -59,7 +60,7 @@ class Ceilings:
                 found.append(size / self._seconds(partial(probe_read, self._memory, streams)) / 1e9)
             self._fma.append(nth * probe_fma(1) * FMA_TIMES / self._seconds(lambda i, n: probe_fma(FMA_TIMES)) / 1e9)
             for kind, found in self._dots.items():
-                seconds = self._seconds(partial(_probe_dots, kind))
+                seconds = self._seconds(partial(lambda kind, ith, nth: probe_dots(kind, FMA_TIMES), kind))
                 found.append(nth * probe_dots(kind, 1) * FMA_TIMES / seconds / 1e9)
             if self._update is not None:
                 seconds = self._seconds(self._update, before=self._update.begin_stream)
@@ -102,19 +103,9 @@ class Ceilings:
         self._pool.close()
         self._memory, self._update = Floats(0, 0), None
 
-    def __enter__(self) -> "Ceilings":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _median(rates: list[float]) -> float:
     return median(rates) if rates else float("nan")
-
-
-def _probe_dots(kind: str, ith: int, nth: int) -> None:
-    probe_dots(kind, FMA_TIMES)
 
 
 def _stream_of(values: int, nth: int) -> "TrainStep":

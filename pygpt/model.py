@@ -6,9 +6,11 @@ from contextlib import ExitStack
 
 from ._signals import see_through
 from .errors import InputError
+from .formats.dtypes import ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
+from .generation.speculate import Draft
 from .hub.find import find_model
 from .network import CHUNK, KVCache, Network, Row
 from .pool import TRIES
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
     from ._kernels import Floats, Trace
     from .activations import Value
-    from .formats.dtypes import ModelFile
-    from .generation.speculate import Draft
 
 # The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
@@ -37,7 +37,7 @@ class GPT2(Generator):
 
     network: Network
 
-    def __init__(self, checkpoint: "ModelFile", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
+    def __init__(self, checkpoint: ModelFile, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
         self._draft: Draft | None = None
         self._draft_weights = DRAFTS.get(checkpoint.format.name)  # quantise to this format for guesses
@@ -90,15 +90,13 @@ class GPT2(Generator):
             raise InputError(f"{counts}: give a draft with the model's vocabulary")
         self._draft = self._draft_from(checkpoint)
 
-    def draft(self, make: bool) -> "Draft | None":
+    def draft(self, make: bool) -> Draft | None:
         """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once."""
         if self._draft is None and make and self._draft_weights is not None:
             self._draft = self._draft_from(self.network.quantised(self._draft_weights))
         return self._draft
 
-    def _draft_from(self, checkpoint: "ModelFile") -> "Draft":
-        from .generation.speculate import Draft
-
+    def _draft_from(self, checkpoint: ModelFile) -> Draft:
         return Draft(Network(checkpoint, target=self.network), shared=checkpoint.config == self.config)  # its caches
 
     @property
@@ -133,6 +131,8 @@ class GPT2(Generator):
 
     def _whole(self, run: "Callable[[dict[KVCache, int]], Floats]") -> "npt.NDArray[np.float32]":
         """Return the logits of run(lengths) as an array. If it is interrupted, restore the lengths of all caches."""
+        import numpy as np
+
         lengths: dict[KVCache, int] = {}
 
         def restore() -> bool:
@@ -141,7 +141,7 @@ class GPT2(Generator):
             return True
 
         try:
-            return _array(run(lengths))
+            return np.asarray(run(lengths))
         except BaseException:
             see_through(restore, TRIES)  # Ctrl-C can arrive after a step is committed, before its caller has the logits
             raise
@@ -228,9 +228,3 @@ class GPT2(Generator):
         self.network.close()
         if self._draft is not None:
             self._draft.network.close()
-
-
-def _array(logits: "Floats") -> "npt.NDArray[np.float32]":
-    import numpy as np
-
-    return np.asarray(logits)

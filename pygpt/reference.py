@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference
 from .errors import ClosedError, InputError, Uncopied
-from .formats.dtypes import FORMATS, Q4_0, Q8_0
+from .formats.dtypes import FORMATS, Q4_0, Q8_0, ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
-
-    from .formats.dtypes import ModelFile
 
 
 class SerialCache:
@@ -50,7 +48,7 @@ class SerialNetwork(Uncopied):
 
     position_bytes = 8
 
-    def __init__(self, checkpoint: "ModelFile") -> None:
+    def __init__(self, checkpoint: ModelFile) -> None:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
@@ -106,7 +104,7 @@ class SerialGPT2(Generator):
 
     network: SerialNetwork
 
-    def __init__(self, checkpoint: "ModelFile") -> None:
+    def __init__(self, checkpoint: ModelFile) -> None:
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod

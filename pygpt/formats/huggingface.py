@@ -24,10 +24,6 @@ from .dtypes import Format, ModelFile, common_format, layout
 from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from .dtypes import Blocks
-
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
@@ -242,7 +238,7 @@ class HuggingFaceModel(ModelFile):
         layers, _, _ = layout(self.config, name)
         return [self._tensors[NAMES[name][0].format(layer)] for layer in range(layers)]
 
-    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+    def part(self, name: str, layer: int, start: int, stop: int) -> tuple[Format, npt.NDArray[Any]]:
         """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part()."""
         _, _, K = layout(self.config, name)
         if not (parts := self._parts(name)):

@@ -20,7 +20,7 @@ from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
-from .speculate import Speculation, Speculator
+from .speculate import Draft, Speculation, Speculator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from .._kernels import Logits
     from .prefix import AnyNetwork
-    from .speculate import Draft
 
 LIVE = 64  # sequences in one step: more would gain little speed, and each needs memory for keys and values
 WORTH_WAITING = 8  # a sequence waits for an earlier prompt that will give it at least this many more tokens than any cache
@@ -110,7 +109,7 @@ class Engine(Uncopied):
         max_live: "SupportsIndex" = LIVE,
         cache_bytes: "SupportsIndex | None" = None,
         target_ms: "SupportsFloat | None" = None,
-        draft: "Callable[[bool], Draft | None] | None" = None,
+        draft: Callable[[bool], Draft | None] | None = None,
     ) -> None:
         self.network = network
         self.speculator = Speculator(draft or (lambda make: None))
@@ -190,9 +189,8 @@ class Engine(Uncopied):
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
-        edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
         watch = None
-        if edited:
+        if edited := {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}:
             from ..activations import Watch
 
             watch = Watch(edited)

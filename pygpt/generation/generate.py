@@ -9,6 +9,7 @@ from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
 from .request import Request
+from .speculate import Draft
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from .prefix import AnyNetwork
     from .request import Options
-    from .speculate import Draft
 
     class Streamer(Protocol):
         """A receiver of tokens from generate(): a streamer of transformers, or any object with these two methods."""
@@ -57,7 +57,7 @@ class Generator(Closing):
             self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms, draft=self.draft
         )
 
-    def draft(self, make: bool) -> "Draft | None":
+    def draft(self, make: bool) -> Draft | None:
         """Return the draft, which guesses tokens for speculation, or None. A missing draft is made only if `make` is True."""
         return None
 

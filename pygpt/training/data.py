@@ -16,11 +16,7 @@ import numpy.typing as npt
 
 from ..config import LIMITS
 from ..errors import DataError, InputError, check_whole, real, shown
-from ..formats.llmc import as_tokens, check_ids, read_tokens
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..formats.llmc import Path, Tokens
+from ..formats.llmc import Path, Tokens, as_tokens, check_ids, read_tokens
 
 Batch = npt.NDArray[np.int32]  # (B, T)
 
@@ -32,8 +28,8 @@ SAMPLES, SAMPLE = 16, 1 << 12  # samples in a shard, evenly spaced from its firs
 
 
 def split(
-    tokens: "Tokens", *, val_tokens: SupportsIndex | None = None, val_fraction: SupportsFloat | None = None
-) -> "tuple[Tokens, Tokens]":
+    tokens: Tokens, *, val_tokens: SupportsIndex | None = None, val_fraction: SupportsFloat | None = None
+) -> tuple[Tokens, Tokens]:
     """Split tokens into (train, val), two views.
 
     val_tokens: the number of tokens for validation, from the beginning, as llm.c splits tinyshakespeare. val_fraction: the
@@ -69,13 +65,13 @@ class DataLoader:
 
     def __init__(
         self,
-        source: "Path | Sequence[Path] | npt.ArrayLike",
+        source: Path | Sequence[Path] | npt.ArrayLike,
         B: SupportsIndex,
         T: SupportsIndex,
         *,
         shuffle_seed: SupportsIndex | None = None,
         V: SupportsIndex | None = None,
-        labels: "Tokens | None" = None,
+        labels: Tokens | None = None,
     ) -> None:
         self.B, self.T = B, T = check_whole("B", B, 1, 1 << 30), check_whole("T", T, 1, 1 << 30)
         self._V = V if V is None else check_whole("V", V, 1, LIMITS["V"])
@@ -179,7 +175,7 @@ def matching(name: str, advice: str) -> list[str]:
     return files
 
 
-def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], Tokens | None]":
+def _find(source: Path | Sequence[Path] | npt.ArrayLike) -> tuple[list[str], Tokens | None]:
     if isinstance(source, str | os.PathLike):
         return matching(os.fspath(source), "make token files with `pygpt shards`"), None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
@@ -189,7 +185,7 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
     return [], as_tokens(source)  # type: ignore[arg-type]
 
 
-def _fingerprint(shards: "Iterable[Tokens]", total: int) -> str:
+def _fingerprint(shards: Iterable[Tokens], total: int) -> str:
     """Return 32 hexadecimal digits that identify a data set of `total` tokens by its contents, not by its file names."""
     digest = hashlib.sha256()
     for tokens in shards:

@@ -21,15 +21,11 @@ import numpy.typing as npt
 from ..config import HEAD, IGNORED, TENSORS, Config
 from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole, real, shown
 from ..formats.checkpoint import stored_tensors, write_checkpoint
-from ..formats.dtypes import BFLOAT16, FLOAT32
+from ..formats.dtypes import BFLOAT16, FLOAT32, ModelFile
 from ..formats.files import atomic_file
 from ..formats.open import open_floats
 from ..formats.panels import StoredWeights
 from ..hub.find import find_model
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..formats.dtypes import ModelFile
 
 Ids = npt.NDArray[np.int32]  # (B, T)
 Losses = npt.NDArray[np.float32]  # (B, T)
@@ -173,7 +169,7 @@ class Parameters(Closing):
             model.take(checkpoint)
         return model
 
-    def take(self, checkpoint: "ModelFile") -> None:
+    def take(self, checkpoint: ModelFile) -> None:
         """Copy the weights of an open model of the same dimensions. Raises CheckpointError for one that is not finite."""
         for name in self._places:
             start = 0
