@@ -275,7 +275,8 @@ INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* Compute one register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs
  * `ostep`, so each row is a separate stream from memory. If `packed`, inp has 16 values of each row, then the next 16. So the
- * processor's own prefetching follows one stream instead of one for each row. */
+ * processor's own prefetching follows one stream instead of one for each row. One packed tile has all rows, so weights are read
+ * once, and the prefetches say so. */
 INLINE void dots(const int rows, const int outputs, const int packed, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
                  const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, fetch next) {
     const ptrdiff_t bytes = value_bytes(kind);
@@ -287,7 +288,7 @@ INLINE void dots(const int rows, const int outputs, const int packed, float *out
 #define ROW(r) (packed ? k * rows + (r) * LANES : (r) * ldi + k)
     for (; k + LANES <= K; k += LANES) {
         if (packed)
-            UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048);
+            UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048, 0, 0);
         else if ((k / LANES & (next.every - 1)) == next.first)
             UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + next.ahead);
         UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time, because narrow sets have few */
