@@ -10,7 +10,7 @@ Only the names below are public; README has the rules for their changes. docs/ex
 Python imports a name when it is first used, so the command starts without NumPy.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

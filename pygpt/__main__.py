@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module, _ = COMMANDS[first]
         return import_command(module)(arguments[1:])
     if first[:1].isalpha():
-        return complain(f"{first[:40]!r} is neither a token id nor a command: the commands are {', '.join(COMMANDS)}", 2)
+        way = f"complete a text with `pygpt chat TEXT`; the commands are {', '.join(COMMANDS)}"
+        return complain(f"{first[:40]!r} is neither a token id nor a command: {way}", 2)
     return import_command("complete")(arguments)
 
 

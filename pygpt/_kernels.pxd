@@ -61,7 +61,7 @@ cdef extern from "micro.h" nogil:
                      const float* w, ptrdiff_t N, ptrdiff_t K)
 
     const microkernels *micro_baseline(), *micro_avx2(), *micro_avxvnni(), *micro_avx512(), *micro_avx512vnni()
-    const microkernels *micro_neon(), *micro_neondot()
+    const microkernels *micro_avx512amx(), *micro_neon(), *micro_neondot()
 
 
 cdef extern from "sync.h" nogil:

@@ -56,8 +56,8 @@ def _available() -> dict:
     cdef const microkernels* found
     names = {}
     for address in (
-        <size_t> micro_avx512vnni(), <size_t> micro_avx512(), <size_t> micro_avxvnni(), <size_t> micro_avx2(),
-        <size_t> micro_neondot(), <size_t> micro_neon(), <size_t> micro_baseline(),
+        <size_t> micro_avx512amx(), <size_t> micro_avx512vnni(), <size_t> micro_avx512(), <size_t> micro_avxvnni(),
+        <size_t> micro_avx2(), <size_t> micro_neondot(), <size_t> micro_neon(), <size_t> micro_baseline(),
     ):
         found = <const microkernels*> <size_t> address
         if found != NULL:

@@ -49,8 +49,8 @@ IGNORED = -100  # the label of a token that is left out of the loss, as in PyTor
 class Config:
     """A model's dimensions and variations. Do not change them after construction. Configs are equal if all of these are equal.
 
-    variations: keywords in VARIATIONS; ALIASES of activations are accepted. Raises InputError if a number is not a whole number
-    from 1 to its limit in LIMITS, if C is not a multiple of NH, and for a bad variation."""
+    variations: keywords in VARIATIONS; ALIASES of activations are accepted. Each number is a whole number from 1 to its limit
+    in LIMITS. Raises InputError for another number, a C that is not a multiple of NH, and a bad variation."""
 
     __slots__ = ("C", "F", "L", "NH", "V", "activation", "epsilon", "maxT", "scaled", "scaled_by_layer", "tied", "tokenizer")
 

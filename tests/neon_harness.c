@@ -267,7 +267,7 @@ static void test_training(const microkernels *m, ptrdiff_t N, ptrdiff_t rows, in
 
 static const microkernels *named(const char *name) {
     const microkernels *sets[] = {micro_baseline(), micro_avx2(), micro_avxvnni(), micro_avx512(), micro_avx512vnni(),
-                                  micro_neon(), micro_neondot()};
+                                  micro_avx512amx(), micro_neon(), micro_neondot()};
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
         if (sets[i] && !strcmp(sets[i]->isa, name)) return sets[i];
     return NULL;

@@ -351,24 +351,26 @@ def _gguf_model(keys: dict[str, Any], found: dict[str, Any]) -> tuple[Shape, dic
         return None
     s = shape_of(V=found["token_embd.weight"][0][1], **dims)  # type: ignore[arg-type]
     epsilon, scalars = keys.get("gpt2.attention.layer_norm_epsilon"), {k: v for k, v in keys.items() if type(v) is not tuple}
-    if s is None or keys.get("general.architecture") != "gpt2" or type(epsilon) is not float or abs(epsilon) > 1:
+    if s is None or keys.get("general.architecture") != "gpt2" or type(epsilon) is not float:
         return None
-    if np.float32(epsilon) != np.float32(1e-5) or scalars.get("split.count", 1) not in (0, 1):
+    F = scalars.get("gpt2.feed_forward_length", 4 * s["C"])
+    if not 1e-30 <= float(f"{epsilon:.7g}") <= 1 or type(F) is not int or not 1 <= F <= 65536:
         return None
-    if scalars.get("gpt2.feed_forward_length", 4 * s["C"]) != 4 * s["C"]:
+    if scalars.get("split.count", 1) not in (0, 1):
         return None
     if scalars.get("gpt2.attention.head_count_kv", s["NH"]) != s["NH"]:
         return None
     tokens = keys.get("tokenizer.ggml.tokens")
     if type(tokens) is tuple and tokens[1] != s["V"]:
         return None
-    if found.pop("output.weight", found["token_embd.weight"]) != found["token_embd.weight"]:
-        return None
     C = s["C"]
     shapes: dict[str, tuple[int, ...]] = {"wte": (C, s["V"]), "wpe": (C, s["maxT"]), "qkvw": (C, 3 * C), "attprojw": (C, C)}
-    shapes["fcw"] = (C, 4 * C)
-    shapes |= {"fcprojw": (4 * C, C), "qkvb": (3 * C,), "fcb": (4 * C,)}
+    shapes |= {"head": (C, s["V"]), "fcw": (C, F), "fcprojw": (F, C), "qkvb": (3 * C,), "fcb": (F,)}
     wanted = {theirs: (ours, 0) for theirs, ours in GGUF_WHOLE.items()}
+    if found.get("output.weight") == found["token_embd.weight"]:
+        del found["output.weight"]
+    elif "output.weight" in found:
+        wanted["output.weight"] = "head", 0
     wanted |= {f"blk.{i}.{theirs}": (ours, i) for i in range(s["L"]) for theirs, ours in GGUF_LAYER.items()}
     if found.keys() != wanted.keys() or any(found[name][0] != shapes.get(wanted[name][0], (C,)) for name in wanted):
         return None

@@ -31,6 +31,9 @@ from pygpt import (
     read_tokens,
     write_tokens,
 )
+from pygpt.formats.gguf import GGUFFile
+from pygpt.formats.panels import PanelFile
+from pygpt.formats.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -153,6 +156,12 @@ class Files:
         assert outcome.status == 0, outcome
         with GPT2.load(self.small, threads=1) as model:
             self.answer = list(model.generate([1, 2], total=10))
+        self.rows, answers = str(place / "rows.jsonl"), place / "answers.jsonl"
+        lines = [json.dumps({"tokens": [i % SHAPE.V], "max_new_tokens": 60}) for i in range(300)]
+        Path(self.rows).write_text("\n".join(lines))
+        outcome = run(command("batch", self.rows, "-o", answers, "-m", self.small))
+        assert outcome.status == 0, outcome
+        self.answers = answers.read_bytes()
 
 
 class Writer:
@@ -193,7 +202,8 @@ class Writer:
 
     def leftovers(self, place: Path) -> list[str]:
         """Return the other files of a folder beside the targets."""
-        return sorted({path.name for path in place.iterdir()} - {target.split("/")[0] for target in self.targets})
+        parts = {f"{target}.part" for target in self.targets}  # the answers of a job that continues later
+        return sorted({path.name for path in place.iterdir()} - {target.split("/")[0] for target in self.targets} - parts)
 
     def temporary(self, name: str) -> bool:
         """Return whether a killed writer may leave this file or folder."""
@@ -254,6 +264,15 @@ def writers(files: Files, place: Path) -> list[Writer]:
     others = [PYTHON, "-c", OTHERS, files.model, place / "d.bin", place / "e.bin", place / "t.bin"]
     traces = [*profile, "--trace", place / "t.json", "--paraver", place / "p"]
     models, log = ["m.bin"], [*train, "--steps", 12, "--log", place / "m.jsonl"]
+    own = command(
+        "train", "--data", files.text, "--chars", "--shape", "L=1,NH=1,C=16,maxT=64", "--out", place / "m.bin", *TRAINING
+    )
+    vocabulary = ["m.bin", "m.state", "m.state.1", "m.tokenizer.json"]
+    batch, answers = command("batch", files.rows, "-o", place / "a.jsonl", "-m", files.small), ["a.jsonl", "a.jsonl.job.json"]
+
+    def sound_answers(path: Path) -> None:
+        assert path.read_bytes() == files.answers if path.name == "a.jsonl" else json.loads(path.read_bytes())
+
     found = [
         Writer("to bfloat16", command("convert", files.model, place / "m.bin"), models, Checkpoint),
         Writer("to version 1", command("convert", files.model, place / "m.bin", "--version", 1), models, Checkpoint),
@@ -263,6 +282,10 @@ def writers(files: Files, place: Path) -> list[Writer]:
         Writer("saved models", [PYTHON, "-c", SAVES, files.model, place / "m.bin"], models, Checkpoint, over_s=0.3),
         Writer("llm.c's other files", others, ["d.bin", "e.bin", "t.bin"], sound_other, over_s=0.3),
         Writer("training", log, ["m.bin", "m.state", "m.state.1", "m.jsonl"], sound_training, again=["--force"]),
+        Writer("a vocabulary", own, vocabulary, sound_training, again=["--force"], least=9000),
+        Writer("to GGUF", command("quantize", files.model, place / "q.gguf"), ["q.gguf"], lambda path: GGUFFile(path).close()),
+        Writer("to panels", command("quantize", files.model, place / "q.safetensors"), ["q.safetensors"], sound_panels),
+        Writer("answers", batch, answers, sound_answers, again=["--batch-size", 9], over_s=0.5, least=60_000),
         Writer("traces", traces, TRACES, sound_trace, least=9000),
     ]
     if find_spec("matplotlib") is not None:
@@ -288,14 +311,21 @@ def sound_other(path: Path) -> None:
 
 
 def sound_training(path: Path) -> None:
-    """Raise an exception unless a file is a model, a training state, or a log. The last line of a log may be incomplete."""
+    """Raise an exception unless a file is a model, a training state, a vocabulary, or a log, whose last line may be partial."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
             assert json.loads(line)["step"] == number
     elif path.suffix == ".bin":
         Checkpoint(path).close()
+    elif path.suffix == ".json":
+        load_tokenizer(path)
     else:
         TrainingState(path).close()
+
+
+def sound_panels(path: Path) -> None:
+    """Raise an exception unless a file is a panel file."""
+    PanelFile(path).close()
 
 
 def sound_trace(path: Path) -> None:

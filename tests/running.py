@@ -143,8 +143,9 @@ def run(
 
 
 def gist(words: str) -> str:
-    """Return a pattern for text that contains these parts, in order: " ... " stands for any words between them."""
-    return ".*".join(map(re.escape, words.split(" ... ")))
+    """Return a pattern for these parts, in order, any words for " ... ". A number at an end of a part is whole."""
+    parts = (re.escape(part) for part in words.split(" ... "))
+    return ".*".join(re.sub(r"^(?=\d)", r"(?<!\\d)", part) + (r"(?!\d)" if part[-1:].isdigit() else "") for part in parts)
 
 
 def assert_one_line_error(err: str, *named: str) -> None:

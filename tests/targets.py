@@ -67,6 +67,7 @@ ONE = Config(maxT=3, V=5, L=1, NH=1, C=1)
 GPT2_IDS = Config(maxT=8, V=50257, L=1, NH=1, C=2)  # its ids are GPT-2's, so that they are text
 TRAINED = Config(maxT=3, V=5, L=1, NH=2, C=4)
 WIDE = Config(maxT=3, V=5, L=1, NH=2, C=32)  # its rows are whole blocks
+NARROW = Config(maxT=3, V=5, L=1, NH=1, C=2, F=3, epsilon=1e-3, tied=False)
 GGUF_HEADER = 1100  # bytes: most of a small file's
 LONGEST_MESSAGE = 1500  # characters: one clear line, a path in it
 LONGEST_RUN_S = 5.0  # of a command
@@ -270,7 +271,12 @@ class GGUFTarget(FileTarget):
 
     def seeds(self) -> list[bytes]:
         files = []
-        for config, kind, head in ((TINY, FLOAT32, BFLOAT16), (WIDE, Q4_0, Q8_0), (WIDE, FLOAT16, Q4_0)):
+        for config, kind, head in (
+            (TINY, FLOAT32, BFLOAT16),
+            (WIDE, Q4_0, Q8_0),
+            (WIDE, FLOAT16, Q4_0),
+            (NARROW, FLOAT32, FLOAT32),
+        ):
             formats = formats_of(config, kind, head, FLOAT32)
             tensors = {name: iter(blocks) for name, blocks in blocks_by_layer(config, formats).items()}
             files.append(self.written(write_gguf, config, formats, tensors))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuzz pygpt's readers and commands: tests/targets.py describes each target and its findings.
+"""Fuzz pygpt's readers and commands: tests/targets.py and targets_json.py describe the targets.
 
     python tools/fuzz.py                              all targets, one minute each
     python tools/fuzz.py checkpoint serve             only these two
@@ -68,7 +68,7 @@ def names() -> list[str]:
 def new_target(name: str, place: Path) -> Any:
     """Make a target that works in `folder`. The import is here, so that atheris measures the imported code."""
     (folder := place / "work").mkdir()
-    return importlib.import_module("targets").TARGETS[name](folder)
+    return importlib.import_module("targets_json").TARGETS[name](folder)
 
 
 def run_all(chosen: Sequence[str], options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
-from ..tokenizer import StreamDecoder, Tokenizer, end_of_text, tokenizer_of
+from ..tokenizer import StreamDecoder, end_of_text, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import Parser, for_terminal, piece, say, status_of, table
@@ -71,15 +71,15 @@ ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): nam
 
 
 class Settings:
-    """The options of replies, from the command line and from /set. config: None if the model cannot be opened."""
+    """The options of replies, from the command line and from /set."""
 
-    def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
-        self.config, self._end = config, None if config is None else end_of_text(config)
+    def __init__(self, options: argparse.Namespace, config: Config) -> None:
+        self.config, self._end = config, end_of_text(config)
         self._given = {name: getattr(options, name) for name in SWITCHES}
         if options.stop_at_eot is None:
             self._given["stop_at_eot"] = self._end is not None
         self.switches = {**self._given}
-        self._defaults = {"max_new_tokens": NEW_TOKENS if config is None else min(NEW_TOKENS, config.maxT - 1)}
+        self._defaults = {"max_new_tokens": max(1, min(NEW_TOKENS, config.maxT * 2 // 3))}
         self._asked = read_options(options)  # by the names of a request's fields
         self._asked.pop("stop_at_eot", None)
         self.check([0])
@@ -99,8 +99,7 @@ class Settings:
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise InputError if the child would refuse these tokens with these settings."""
-        if self.config is not None:
-            Request(self.config, tokens, **self.request)
+        Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
         """Set a setting to the value that the user typed. For a bad value, change nothing and raise InputError."""
@@ -166,7 +165,7 @@ class Chat:
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: int | None = None) -> None:
         self._command, self._settings = command, settings
         self._model, self._threads = model, threads
-        self._tokenizer = Tokenizer() if settings.config is None else tokenizer_of(settings.config)
+        self._tokenizer = tokenizer_of(settings.config)
         self._leaving, self._repeated = False, 0  # how often /again repeated this text
         self._text: list[int] = []  # ids of the latest text; empty before the first text
         self._reply: list[int] = []  # ids of its reply that were printed
@@ -277,7 +276,7 @@ class Chat:
     def _fitting(self, tokens: list[int]) -> list[int]:
         """Return the last tokens that leave room for the reply in the context, or that a request can hold with --overflow."""
         config, request = self._settings.config, self._settings.request
-        if config is None or request.get("overflow") == "stop":
+        if request.get("overflow") == "stop":
             return tokens
         if "overflow" in request:  # slide
             room, rule = MOST_TOKENS, f"a request holds at most {MOST_TOKENS}"
@@ -419,13 +418,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def model_config(model: str | None, tokenizer: str | None, *, text_only: bool) -> Config | None:
-    """Return the model's config, or None if the model cannot be opened. The child reports why."""
-    try:
-        with open_model(find_model(model)[0], tokenizer=tokenizer) as checkpoint:
-            return of_text_only(checkpoint).config if text_only else checkpoint.config
-    except (CheckpointError, MemoryError):
-        return None
+def model_config(model: str | None, tokenizer: str | None, *, text_only: bool) -> Config:
+    """Return the model's config. Raises CheckpointError if the model cannot be opened."""
+    with open_model(find_model(model)[0], tokenizer=tokenizer) as checkpoint:
+        return of_text_only(checkpoint).config if text_only else checkpoint.config
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 
-from ..errors import CheckpointError, InputError, PyGPTError
+from ..errors import CheckpointError, InputError, PyGPTError, near
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """Raise InputError with a one-line message. status_of() turns it into exit status 2."""
-        raise InputError(f"{message[:200]}; see --help")  # argparse's message may repeat the whole command line
+        start, _, words = message.partition("unrecognized arguments: ")
+        hint = "" if start else near(words.split()[0].partition("=")[0], self._option_string_actions)
+        way = hint if hint.startswith("did") else "see --help"
+        raise InputError(f"{message[:200]}; {way}")  # argparse's message may repeat the whole command line
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":
         """Return an option's values. Refuse the value --, as in -t=--: Python before 3.13 turns it into an empty list."""

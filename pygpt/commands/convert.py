@@ -14,8 +14,8 @@ from ..errors import InputError, PyGPTError
 from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format, ModelFile
 from ..formats.files import reason
-from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
-from ..formats.open import open_model
+from ..formats.huggingface import HuggingFaceModel, write_model
+from ..formats.open import open_model, write_beside
 from .console import Parser, say, status_of, whole
 
 EXAMPLES = """\
@@ -75,11 +75,13 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
                 raise InputError(f"{source}: is of version {version} already: choose another --version, or copy the file")
             if not target:
                 raise InputError("DST is empty: it must be the name of a file")
-            if target.endswith(".safetensors"):
-                way = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}: end DST with a /"
-                raise InputError(f"{target}: {way}")
+            if target.endswith((".safetensors", ".gguf")):
+                way = "end DST with a / for a Hugging Face folder, or use `pygpt quantize --format f32` for a file"
+                raise InputError(f"{target}: a .bin file does not end like this: {way}")
             check_target(source, target)
             write_bin(target, model, version)
+            with writing(target, "the vocabulary"):
+                write_beside(target, model.config)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
     with open_model(target) as written:
         return f"{before} -> {describe(target, written)}{notice and f'; {notice}'}"

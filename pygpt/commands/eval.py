@@ -139,8 +139,8 @@ def blocks(
 def sums_of(models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]) -> list[float]:
     """Run tokens through each model; return sums over the last len(targets) tokens, whose successors are `targets`.
 
-    Each model has a sum of losses, in nats. Two models also have the sum of divergences of the second from the first, in nats,
-    and the number of rows at which both have the same most probable token."""
+    Each model has a sum of losses, in nats. Two models also have the sum of divergences of the second from the first, and the
+    number of rows at which their most probable tokens agree."""
     found: list[tuple[float, ...]] = []  # of each row
     for logits, wanted in blocks(models, tokens, targets):
         totals = [log_sums(rows) for rows in logits]
@@ -154,8 +154,8 @@ def sums_of(models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int
 
 
 def slide(models: Sequence[GPT2], options: argparse.Namespace) -> tuple[Result, int, list[float], int]:
-    """Slide windows over the subject. Return the facts for the result, the number of rows that the models computed, the means
-    of what sums_of() sums, and the bytes of the scored text without <|endoftext|> (0 for an unknown vocabulary)."""
+    """Slide windows over the subject. Return the facts for the result, the number of computed rows, the means of what sums_of()
+    sums, and the bytes of the scored text without <|endoftext|> (0 for an unknown vocabulary)."""
     tokenizer = None
     with suppress(InputError):
         tokenizer = tokenizer_of(models[0].config)

@@ -47,7 +47,7 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
     add("--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated")
     eot = "stop after <|endoftext|>, or the token that ends a text in the model's vocabulary (default: only in chat)"
     add("--stop-at-eot", action=argparse.BooleanOptionalAction, help=eot)
-    full = "when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)"
+    full = "when the model's context is full: stop, or slide to keep its latest half (default: refuse; in chat, drop the start)"
     add("--overflow", metavar="HOW", help=full)
     add("--speculate", dest="speculation", metavar="K", help=SPECULATE_HELP)
 
@@ -111,7 +111,7 @@ def parse_id(text: str) -> int:
 def parse_count(name: str, text: str) -> int:
     """Read an option's whole number. Raises InputError if the text is anything but 1 to 20 ASCII digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
+        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number, 0 or more")
     return int(text)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from ..errors import InputError
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, ModelFile
 from ..formats.gguf import write_gguf
-from ..formats.open import blocks_of, open_model, sha256_of
+from ..formats.open import blocks_of, open_model, sha256_of, write_beside
 from ..formats.panels import formats_of, write_panels
 from .console import Parser, Progress, say, status_of
 from .convert import check_target, describe, writing
@@ -81,3 +81,4 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
                 write_gguf(target, model.config, formats, tensors)
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
+                write_beside(target, model.config)

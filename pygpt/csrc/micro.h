@@ -152,9 +152,13 @@ static inline void gemm_floats(const weight_format *float32, float *out, ptrdiff
 /* Each returns NULL if the build or this processor lacks the instruction set. Two names of one width share all kernels except
  * the quantised ones. */
 const microkernels *micro_baseline(void), *micro_avx2(void), *micro_avxvnni(void), *micro_avx512(void), *micro_avx512vnni(void),
-    *micro_neon(void), *micro_neondot(void);
+    *micro_avx512amx(void), *micro_neon(void), *micro_neondot(void);
+
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxint8intrin.h>) /* gcc 11 or clang 12 */
+#define HAS_AMX
+#endif
 
 /* The quantised formats of each instruction set (quantised_body.h): q8_0, then q4_0. */
 extern const weight_format quantised_baseline[2], quantised_avx2[2], quantised_avxvnni[2], quantised_avx512vnni[2],
-    quantised_neon[2], quantised_neondot[2];
+    quantised_avx512amx[2], quantised_neon[2], quantised_neondot[2];
 #endif

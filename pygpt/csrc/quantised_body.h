@@ -333,6 +333,9 @@ EACH_QUANTISED(FUNCTIONS)
 
 #define ROW(id, bits)                                                                                                    \
     {.name = #id, .block_values = GROUP, .value_bytes = GROUP * bits / 8, .scale_bytes = 2, .interleave = OUTPUTS,       \
-     .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = product_##id,  \
-     .widen = widen_##id, .quantise = quantise_##id, .probe = probe_##id, .probe_operations = 2 * 4 * W * PROBE_CHAINS},
+     .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = PRODUCT(id),    \
+     .widen = widen_##id, .quantise = quantise_##id, .probe = PROBE(id), .probe_operations = PROBE_OPERATIONS},
+#define PRODUCT(id) product_##id
+#define PROBE(id) probe_##id
+#define PROBE_OPERATIONS (2 * 4 * W * PROBE_CHAINS)
 #define QUANTISED(set) const weight_format quantised_##set[2] = {EACH_QUANTISED(ROW)};

@@ -6,6 +6,7 @@ whose reader says what is wrong with it.
 """
 
 import os
+from contextlib import suppress
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
@@ -64,6 +65,15 @@ def open_model(
 def vocabulary_beside(model: str) -> str:
     """Return the path of the vocabulary that belongs to a model file: NAME.tokenizer.json for NAME.bin or another ending."""
     return f"{os.path.splitext(model)[0]}.tokenizer.json"
+
+
+def write_beside(model: str, config: Config) -> None:
+    """Write a model's own vocabulary beside its file, unless pygpt cannot read the vocabulary. Raises OSError."""
+    if config.tokenizer is not None:
+        from .vocabulary import write_vocabulary
+
+        with suppress(InputError):
+            write_vocabulary(vocabulary_beside(model), config.tokenizer().vocabulary())
 
 
 def set_tokenizer(config: Config, path: str) -> None:

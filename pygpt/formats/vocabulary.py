@@ -1,7 +1,7 @@
 """The vocabulary of a model in any of its files, as the contents of a tokenizer.json: find, read, make and write it.
 
-A model's vocabulary lies beside the model file as NAME.tokenizer.json, in the folder of a Hugging Face model (tokenizer.json,
-or vocab.json with merges.txt), or inside a GGUF or safetensors file. llm.c's tokenizer.bin has the tokens without their merges;
+A model's vocabulary lies beside the model file as NAME.tokenizer.json, or inside a GGUF or safetensors file. The folder of a
+Hugging Face model has tokenizer.json, or vocab.json with merges.txt. llm.c's tokenizer.bin has the tokens without their merges;
 the merge of a token is the pair that its bytes become by the merges before it.
 
 Refuses a vocabulary that is not byte-level BPE. Source: Hugging Face's tokenizers, tokenizer/serialization.rs.
@@ -75,7 +75,7 @@ def _of_two_files(path: str) -> dict[str, Any]:
     for merge in merges:
         if merge.count(" ") != 1:
             raise InputError(f"{stem}{MERGES}: {merge[:40]!r} is not a merge: two tokens with a space between them")
-    tokens = {i: token for token, i in vocab.items()}
+    tokens = {i: token for token, i in vocab.items() if type(i) is int}
     if sorted(tokens) != [*range(len(vocab))]:
         raise InputError(f"{stem}{VOCAB}: its ids are not the whole numbers from 0 to {len(vocab) - 1}")
     merged = {merge.replace(" ", "") for merge in merges}

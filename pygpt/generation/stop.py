@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Stop:
     """Checked stop tokens and stop strings.
 
-    at_eot: whether the id that ends a text is a stop token. Raises InputError for an id outside the vocabulary, an empty stop
-    string, stop strings or at_eot for an unknown vocabulary, and at_eot if the vocabulary does not have such an id."""
+    at_eot: whether the id that ends a text is a stop token. Raises InputError for an id outside the vocabulary and for
+    an empty stop string. Stop strings need a known vocabulary; at_eot needs one with such an id."""
 
     def __init__(
         self,

@@ -20,15 +20,14 @@ DOWNLOADABLE = rf"(?:{'|'.join(MODELS)}|{PART}/{PART})(?:@{PART}(?:/{PART}){{0,2
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """Return (path, origin) of the model to use: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the embedded model.
 
-    If the path does not exist, it can be the name of a downloaded model, one of MODELS or a repository, in the cache folder of
-    pygpt or of huggingface_hub. origin is "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises
-    CheckpointError if there is no such file or downloaded model, and InputError for the name of a downloaded model without a
-    cache folder."""
+    A path that does not exist can be the name of a downloaded model, one of MODELS or a repository. pygpt looks for it in its
+    own cache folder and in huggingface_hub's. origin is "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened.
+    Raises CheckpointError for a file or model that does not exist, and InputError for a name if there is no cache folder."""
     via = ""
     if path is not None:
         name, origin = os.fspath(path), "given"
         if not name:
-            raise CheckpointError(f"the model's name is empty: give the path of one such as {GPT2_FILE}")
+            raise CheckpointError(f"the model's name is empty: give the path of a file such as {GPT2_FILE}")
     elif name := os.environ.get("PYGPT_MODEL", ""):
         origin, via = "PYGPT_MODEL", " (named by PYGPT_MODEL)"
     elif os.path.lexists(GPT2_FILE):

@@ -362,7 +362,7 @@ async def _error(request: Request, error: Exception) -> Response:
         message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
         return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
     found = error if isinstance(error, ApiError) else reported(error)
-    return JSONResponse(found.body, found.status, found.headers)
+    return Response(encoded(found.body), found.status, found.headers, "application/json")  # a name may hold half a character
 
 
 async def _unhurried(size: int, function: Callable[[], Any]) -> Any:

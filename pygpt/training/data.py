@@ -89,7 +89,7 @@ class DataLoader:
         last = len(self._counts) - 1
         for i, (name, count) in enumerate(zip(self._files or ["tokens"], self._counts, strict=True)):
             if count < B * T + 1 and (i < last or not last):  # `pygpt shards` writes the rest into the last shard
-                needed = f"B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; make B or T smaller"
+                needed = f"B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed: use a longer text, or make B or T smaller"
                 or_else = ", or leave this file out" if last else ""
                 raise DataError(f"{name}: {count} tokens are too few for one batch: {needed}{or_else}")
         if labels is not None and (tokens is None or labels.shape != tokens.shape):

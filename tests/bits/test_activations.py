@@ -177,8 +177,9 @@ def test_only_the_needed_phases_run(model: GPT2, monkeypatch: pytest.MonkeyPatch
     assert stops == [8, 24, 24]
 
 
-def test_arrays_of_the_caller_are_filled(model: GPT2, tmp_path: Path) -> None:
+def test_arrays_of_the_caller_are_filled(model: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.activations(TOKENS, EVERY)
+    monkeypatch.setattr(model_module, "CHUNK", 4)  # the rows of a chunk lack the keys of later chunks
     out = {n: np.memmap(tmp_path / n, "<f4", "w+", shape=whole[n].shape) for n in ("probs", "logits", "k")}
     for array in out.values():
         array[:] = np.nan
@@ -192,14 +193,14 @@ def test_memory_is_checked_before_it_is_taken(model: GPT2, monkeypatch: pytest.M
     monkeypatch.setattr(activations, "MOST_BYTES", size)
     whole = model.activations(TOKENS, ["probs"])["probs"]
     monkeypatch.setattr(activations, "MOST_BYTES", size - 1)
-    with pytest.raises(InputError, match=f"take {size} bytes, and the limit is {size - 1}: .*out, such as numpy.memmap"):
+    with pytest.raises(InputError, match=rf"\b{size} bytes.* {size - 1}: .*out.*numpy.memmap"):
         model.activations(TOKENS, ["probs"])
     assert np.array_equal(model.activations(TOKENS, ["probs"], layers=[0])["probs"], whole[:1])
     out = {"probs": np.empty_like(whole)}
     assert np.array_equal(model.activations(TOKENS, ["probs"], out=out)["probs"], whole)
     monkeypatch.undo()
     config = Config(maxT=1 << 13, V=9, L=20, NH=40, C=40)
-    with pytest.raises(InputError, match="and the limit is 2147483648"):
+    with pytest.raises(InputError, match=r" 2147483648\b"):
         activations.Capture(config, config.maxT, "probs", None, None, None)
 
 
@@ -311,6 +312,7 @@ STEER: dict[Any, Any] = {
     ("probs", 2, None): zero(heads=[1]),
     ("fch", 0, None): lambda x: np.maximum(x, 0.1),
     ("attproj", 2, None): scale(0.5),
+    ("ln2", 1, None): scale(1.5),
     ("logits", None, 7): lambda x: -x,
 }
 
@@ -359,6 +361,17 @@ def test_requests_with_edits_and_without_keep_their_bits_together(model: GPT2, d
     for prompt, options in asked:  # what is left in the prefix cache is plain
         again = [*model.generate(prompt, cache=prefix, max_new_tokens=6, seed=options["seed"])]
         assert again == [*model.generate(prompt, max_new_tokens=6, seed=options["seed"])]
+
+
+def test_equal_prompts_with_edits_and_without_share_nothing(model: GPT2) -> None:
+    engine = Engine(model.network, prefix=model.new_prefix_cache())
+    options: dict[str, Any] = {"sampler": "greedy", "max_new_tokens": 3, "top_logprobs": 2}
+    for together in ([None, STEER], [None]):  # the last one goes on from the caches of the others
+        jobs = [engine.add(Request(model.config, TOKENS[:10], edits=edits, **options), n=2) for edits in together]
+        list(engine.run())
+        for edits, job in zip(together, jobs, strict=True):
+            [alone] = model.generate_batch([TOKENS[:10]], edits=edits, **options)
+            assert [c.infos for c in job.completions] == [alone.infos] * 2
 
 
 def test_several_completions_of_one_request_share_its_prompt(model: GPT2) -> None:
@@ -411,49 +424,49 @@ def test_a_failed_step_changes_no_cache(model: GPT2, error: type[BaseException])
 # ------------------------------------------------------------------------------------------------ what is refused
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"names": ["residual"]}, "'residual' is not an activation: did you mean residual3 or residual2"),
-    ({"names": []}, "names is empty: give at least one of encoded"),
-    ({"names": 3}, "names is 3: it must be a list"),
-    ({"layers": [3]}, "a layer is 3: it must be a whole number from 0 to 2"),
-    ({"layers": 1}, "layers is 1: it must be a list"),
-    ({"positions": [T]}, "a position is 30: it must be a whole number from 0 to 29"),
+    ({"names": ["residual"]}, "'residual' .*residual3 or residual2"),
+    ({"names": []}, "names .*encoded"),
+    ({"names": 3}, "names is 3: .*list"),
+    ({"layers": [3]}, "layer is 3: .*0 to 2"),
+    ({"layers": 1}, "layers is 1: .*list"),
+    ({"positions": [T]}, "position is 30: .*0 to 29"),
     ({"positions": [-1]}, "a position is -1"),
     ({"tokens": []}, "empty"),
-    ({"tokens": [61]}, "ids are whole numbers from 0 to 60"),
+    ({"tokens": [61]}, "0 to 60"),
     ({"tokens": [1] * 41}, "at most 40"),
     (
         {"out": {"ln1": np.zeros((3, T, 33), np.float32)}},
-        "out of 'ln1' has the shape .* out takes writable float32 arrays for these names",
+        "'ln1' .*float32 .*ln2",
     ),
-    ({"out": {"ln2": np.zeros((3, T, 33))}}, r"out of 'ln2' has the shape \(3, 30, 33\) and the type float64"),
+    ({"out": {"ln2": np.zeros((3, T, 33))}}, r"'ln2' .*\(3, 30, 33\).*float64.*float32"),
     (
         {"out": {"ln2": np.zeros((3, T, 32), np.float32)}},
-        r"takes writable float32 arrays for these names: {'ln2': \(3, 30, 33\)}",
+        r"\(3, 30, 32\).*float32.*'ln2': \(3, 30, 33\)",
     ),
-    ({"out": {"ln2": [1]}}, "has the shape None and the type <class 'list'>"),
-    ({"out": {"ln2": np.broadcast_to(np.float32(0), (3, T, 33))}}, "takes writable"),
-    ({"edits": [1]}, r"edits are \[1\]: they must map"),
-    ({"edits": {"ln1": 1}}, "edit of 'ln1': a key must be"),
-    ({"edits": {("ln3", 0, 0): 1}}, "'ln3' is not an activation"),
-    ({"edits": {("ln1", 3, 0): 1}}, "the layer is 3: it must be a whole number from 0 to 2"),
-    ({"edits": {("ln1", None, 0): 1}}, "the layer is None: it must be a whole number from 0 to 2"),
-    ({"edits": {("lnf", 2, 0): 1}}, "lnf has no layers, so the layer must be None"),
-    ({"edits": {("ln1", 0, T): 1}}, "the position is 30: it must be a whole number from 0 to 29"),
+    ({"out": {"ln2": [1]}}, "'ln2' .*'list'.*float32"),
+    ({"out": {"ln2": np.broadcast_to(np.float32(0), (3, T, 33))}}, "'ln2' .*writable"),
+    ({"edits": [1]}, r"edits are \[1\]"),
+    ({"edits": {"ln1": 1}}, "'ln1': .*key"),
+    ({"edits": {("ln3", 0, 0): 1}}, "'ln3'"),
+    ({"edits": {("ln1", 3, 0): 1}}, "layer is 3: .*0 to 2"),
+    ({"edits": {("ln1", None, 0): 1}}, "layer is None: .*0 to 2"),
+    ({"edits": {("lnf", 2, 0): 1}}, "lnf .*None"),
+    ({"edits": {("ln1", 0, T): 1}}, "position is 30: .*0 to 29"),
     ({"edits": {("ln1", 0, 0): "a"}}, "give numbers, a function, add"),
-    ({"edits": {("ln1", 0, 0): np.zeros(32)}}, r"has the shape \(32,\): it must be \(\) or \(33,\)$"),
-    ({"edits": {("ln1", 0, 0): np.zeros((1, 33))}}, r"has the shape \(1, 33\)"),
-    ({"edits": {("ln1", 0, None): np.zeros((29, 33))}}, r"it must be \(\) or \(33,\) or \(30, 33\)"),
-    ({"edits": {("probs", 0, 1): add(np.zeros((3, 29)))}}, r"it must be \(\) or \(3, 30\)$"),
-    ({"edits": {("probs", 0, None): np.zeros((3, 29, 30))}}, r"it must be \(\) or \(3, 30\) or \(3, 30, 30\)$"),
-    ({"edits": {("fch", 0, 0): zero(heads=[0])}}, "only q, k, v, probs, atty have heads"),
-    ({"edits": {("probs", 0, 0): zero(neurons=[0])}}, "only probs have no neurons"),
-    ({"edits": {("q", 0, 0): zero(heads=[3])}}, "a head is 3: it must be a whole number from 0 to 2"),
-    ({"edits": {("fch", 0, 0): zero(neurons=[132])}}, "a neuron is 132: it must be a whole number from 0 to 131"),
+    ({"edits": {("ln1", 0, 0): np.zeros(32)}}, r"\(32,\).*\(\) or \(33,\)$"),
+    ({"edits": {("ln1", 0, 0): np.zeros((1, 33))}}, r"\(1, 33\): .*\(33,\)"),
+    ({"edits": {("ln1", 0, None): np.zeros((29, 33))}}, r"\(\) or \(33,\) or \(30, 33\)"),
+    ({"edits": {("probs", 0, 1): add(np.zeros((3, 29)))}}, r"\(\) or \(3, 30\)$"),
+    ({"edits": {("probs", 0, None): np.zeros((3, 29, 30))}}, r"\(\) or \(3, 30\) or \(3, 30, 30\)$"),
+    ({"edits": {("fch", 0, 0): zero(heads=[0])}}, "q, k, v, probs, atty .*heads"),
+    ({"edits": {("probs", 0, 0): zero(neurons=[0])}}, "probs .*neurons"),
+    ({"edits": {("q", 0, 0): zero(heads=[3])}}, "head is 3: .*0 to 2"),
+    ({"edits": {("fch", 0, 0): zero(neurons=[132])}}, "neuron is 132: .*0 to 131"),
     (
         {"edits": {("ln1", 0, None): lambda x: x[:, :3]}},
-        r"the function returned an array \(30, 3\): it must return .* \(30, 33\)",
+        r"function .*\(30, 3\): .*\(30, 33\)",
     ),
-    ({"edits": {("ln1", 0, 3): lambda x: "no"}}, r"the function returned 'no': it must return .* \(33,\)"),
+    ({"edits": {("ln1", 0, 3): lambda x: "no"}}, r"function .*'no': .*\(33,\)"),
 ]
 
 
@@ -465,11 +478,11 @@ def test_refusals_are_one_clear_line(model: GPT2, arguments: dict[str, Any], mes
 
 
 def test_requests_are_checked_before_anything_runs(model: GPT2, path: Path) -> None:
-    with pytest.raises(InputError, match="it must be a whole number from 0 to 39"):
+    with pytest.raises(InputError, match=r"position is 40: .*0 to 39"):
         model.generate([1], edits={("ln1", 0, 40): 1})
-    with pytest.raises(InputError, match=r"has the shape \(2, 33\): it must be \(\) or \(33,\)$"):
+    with pytest.raises(InputError, match=r"\(2, 33\): .*\(\) or \(33,\)$"):
         model.generate([1], edits={("ln1", 0, None): np.zeros((2, 33))})
-    with pytest.raises(InputError, match=r"has the shape \(3, 1\): it must be \(\)$"):
+    with pytest.raises(InputError, match=r"\(3, 1\): .*\(\)$"):
         model.generate([1], edits={("probs", 0, 0): np.zeros((3, 1))})
-    with SerialGPT2.load(path) as serial, pytest.raises(InputError, match="leave out edits, or use GPT2"):
+    with SerialGPT2.load(path) as serial, pytest.raises(InputError, match=r"edits.* GPT2"):
         list(serial.generate([1], edits={}))

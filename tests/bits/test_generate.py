@@ -278,9 +278,9 @@ def test_an_interrupted_completion_leaves_a_valid_cache(model: GPT2, monkeypatch
 
 def test_caches_of_others(model: GPT2, path: str) -> None:
     with GPT2.load(path, threads=1) as other, SerialGPT2.load(path) as serial:
-        with pytest.raises(InputError, match="belongs to another model"):
+        with pytest.raises(InputError, match="another model"):
             model.generate([1], cache=other.new_prefix_cache())
-        with pytest.raises(InputError, match="belongs to another model"):
+        with pytest.raises(InputError, match="another model"):
             serial.generate([1], cache=model.new_prefix_cache())
         own = serial.new_prefix_cache()
         for _ in range(2):
@@ -317,6 +317,10 @@ def test_a_closed_model(path: str) -> None:
         next(running)
     with pytest.raises(ClosedError):
         model.generate_batch([[1]])
+    with GPT2.load(path, threads=1) as half:
+        half.network._weights.close()
+        with pytest.raises(ClosedError):  # the workers still run, but must not read the memory
+            half.logits([1])
 
 
 def test_a_closed_serial_model(path: str) -> None:
@@ -488,8 +492,9 @@ def test_stop_strings_by_hand(
     if len(tokens) != len(new):  # a piece has several tokens, so count tokens by the text
         count = len(stopped(tokenizer.encode(prompt), tokens, [stop.encode()]))
     scripted(tokens, monkeypatch)
-    found = list(speller.generate(tokenizer.encode(prompt), max_new_tokens=len(tokens), stop_strings=stop))
-    assert found == tokens[:count]
+    for stops in (stop, [stop, "a longer one"]):  # a longer one lets more of the prompt be searched
+        found = list(speller.generate(tokenizer.encode(prompt), max_new_tokens=len(tokens), stop_strings=stops))
+        assert found == tokens[:count]
 
 
 def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,6 +522,7 @@ def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.Monk
         ({"stop_token_ids": ["5"]}, "token '5'"),
         ({"stop_token_ids": True}, "token 'True'"),
         ({"stop_token_ids": 1.5}, "stop_token_ids is 1.5"),
+        ({"stop_token_ids": np.array(1.5)}, r"stop_token_ids is array\(1.5\).*list of int"),  # without dimensions
     ],
     ids=str,
 )

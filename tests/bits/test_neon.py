@@ -1,6 +1,7 @@
 """NEON gives the same bits as the x86-64 sets with FMA. Every kernel is cross-compiled for aarch64 and runs in an emulator.
 
-The kernels are compiled here, so this is also where the format of docs/add-a-weight-format.md is added and tried.
+AMX runs in emulated_amx.h, plain C in place of its few instructions. The kernels are compiled here, so this is also where
+the format of docs/add-a-weight-format.md is added and tried.
 
 Needs an x86-64 machine with FMA and a C compiler, for NEON also Debian's gcc-aarch64-linux-gnu and qemu-user. Elsewhere the
 tests are skipped.
@@ -20,6 +21,7 @@ from pygpt import cpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
 FUSED = [isa for isa in cpu_info()["available"] if isa != "baseline"]
+TILED = ["micro_avx512", "quantised_avx512vnni"]  # the sources with AMX
 NATIVE, CROSS = shutil.which("cc") or shutil.which("gcc"), shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
@@ -44,7 +46,8 @@ def build(folder: Path, csrc: Path = SOURCES, *, cross: bool = False) -> list[st
 
     def compiled(source: Path) -> str:
         target = str(objects / f"{source.stem}.o")
-        run([compiler, *flags, "-c", str(source), "-o", target])
+        emulated = ["-include", str(ROOT / "tests" / "emulated_amx.h")] if source.stem in TILED else []
+        run([compiler, *flags, *emulated, "-c", str(source), "-o", target])
         return target
 
     sources = [*csrc.glob("micro_*.c"), *csrc.glob("quantised_*.c"), ROOT / "tests" / "neon_harness.c"]
@@ -112,6 +115,11 @@ def test_the_baseline_gives_the_same_bits_for_quantised_weights(native: list[str
     assert {name.split()[0] for name in baseline} == {"gemm", "product", "widen", "quantise"}
     assert {name.split()[-1] for name in baseline} == {"q8_0", "q4_0"}
     assert baseline.items() <= expected.items()
+
+
+@pytest.mark.skipif("avx512vnni" not in FUSED, reason="needs AVX-512 VNNI, which all processors with AMX have")
+def test_amx_gives_the_same_bits(native: list[str]) -> None:
+    assert results(native, "avx512amx") == results(native, "avx2")
 
 
 @pytest.mark.slow  # half a minute of compiling

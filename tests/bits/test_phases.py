@@ -128,10 +128,10 @@ def test_the_check_finds_a_phase_that_began_too_early() -> None:
     check([one, one], phases)
     for i in range(1, 5):
         early = [*one[:i], (phases[i], 0, 10 * i - 2, 10 * i + 9, 10 * i + 10), *one[i + 1 :]]
-        with pytest.raises(AssertionError, match=f"{phases[i]}, began before all had ended phase {i - 1}, {phases[i - 1]}:"):
+        with pytest.raises(AssertionError, match=f"{phases[i]},.*phase {i - 1}, {phases[i - 1]}:"):
             check([one, early], phases)
     late = [(name, layer, begin, 35 if name == "encoder" else end, left) for name, layer, begin, end, left in one]
-    with pytest.raises(AssertionError, match="phase 1, ln1, began before all had ended phase 0, encoder"):
+    with pytest.raises(AssertionError, match=r"phase 1, ln1,.*phase 0, encoder"):
         check([late, one], phases)
     check([one[:2], [one[0], ("ln1", 0, 10, 50, 50)]], phases[:2])
     with pytest.raises(AssertionError):

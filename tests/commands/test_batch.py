@@ -168,7 +168,8 @@ def test_compressed_files_hold_the_same_lines(folder: Path) -> None:
     assert Path("none.out").read_bytes() == b""
 
 
-def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str) -> None:
+def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pygpt.generation.logprobs.SCORED", 50)  # a long continuation runs in pieces
     rng = np.random.default_rng(3)
     rows = [
         {
@@ -218,6 +219,8 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     content = record.read_text()
     record.write_text(content.replace('"pygpt": "', '"pygpt": "0.0.'))
     refused(capsys, words, "began with pygpt = '0.0.")
+    record.write_text(content.replace("{", '{"other": 1,', 1))
+    refused(capsys, words, "began with other = 1")
     record.write_text("[]")
     refused(capsys, words, "not the record")
     record.unlink()
@@ -245,13 +248,13 @@ def test_a_job_that_ended_before_its_first_answer_does_not_bind_the_next(
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ("[1]", "line 2 is [1]: it must be an object"),
+        ("[1]", "line 2 ... [1] ... object"),
         ("{", "line 2 is not JSON"),
         ({"id": 5}, 'line 2: give either "prompt"'),
         ({"id": 5, "tokens": [1], "prompt": "x"}, 'either "prompt"'),
         ({"id": 5, "prompt": "x"}, "not GPT-2's"),
         ({"id": 1.5, "tokens": [1]}, '"id" is 1.5'),
-        ({"id": "r0", "tokens": [1]}, "line 2: the id 'r0' occurs twice"),
+        ({"id": "r0", "tokens": [1]}, "line 2: ... 'r0' ... twice"),
         ({"tokens": [1], "max_tokens": 3}, "unknown key 'max_tokens'"),
         ({"tokens": [1], "top_k": None}, "'top_k' is null"),
         ({"tokens": [SHAPE.V]}, str(SHAPE.V)),
@@ -267,8 +270,7 @@ def test_bad_lines_are_refused_before_anything_runs(
     folder: Path, capsys: pytest.CaptureFixture[str], row: object, named: str
 ) -> None:
     write([ROWS[0], row])
-    assert main(["in.jsonl", "-o", "out.jsonl", *OPTIONS]) == 2
-    assert named in capsys.readouterr().err
+    assert_refuses(main, capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], named)
     assert os.listdir() == ["in.jsonl"]  # so that the corrected lines can be answered
     if isinstance(row, dict) and "twice" not in named:
         found = answers("--keep-going")
@@ -332,6 +334,16 @@ def test_columns_are_answered_as_rows(model: str) -> None:
         assert job({"id": []}) == {}
         with pytest.raises(InputError, match="is empty"):
             job({"id": [1], "tokens": [[]]})
+
+
+def test_few_rows_are_taken_before_their_turn(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad rows are answered at once, and wait for the long row before them."""
+    monkeypatch.setattr("pygpt.cluster.AHEAD", 5)
+    given: list[dict[str, Any]] = [{"id": i, "tokens": [] if i else [1]} for i in range(40)]
+    rows = iter(given)
+    with Complete(model, threads=1, max_new_tokens=6, keep_going=True) as complete:
+        assert next(complete.rows(rows))["id"] == 0
+        assert next(rows)["id"] <= 5
 
 
 def test_bad_options_are_refused_by_the_constructor(model: str) -> None:

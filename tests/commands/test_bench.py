@@ -267,6 +267,12 @@ def test_a_child_that_fails_is_one_line(
     assert_refuses(bench.main, capsys, ["-m", str(path), *small], "exit status 3", status=1)
 
 
+def test_without_git(path: Path) -> None:
+    done = bench_run("-m", str(path), *FEW, "-t", "1", "--no-process", "--no-memory", "-o", "json", PATH="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)[0]["commit"] == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -1,6 +1,7 @@
 """Test pygpt bench --speculate: the figures agree with each other, and changed tokens and bad options are refused."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_defaults_and_the_table(tmp_path: Path) -> None:
     given = ("bench", *QUICK, "--speculate", "-n", "4", "-d", "19,20", "-r", "1", "-m")
     for name, draft in ("small.bin", "q8_0"), ("q4.gguf", "lookup"):
         done = run(*given, str(tmp_path / name))
-        assert done.stderr == "pygpt: left out, because they exceed the model's context of 24 tokens: tg4@d20\n"
+        assert re.fullmatch(r"pygpt: [^\n]* 24 tokens: tg4@d20\n", done.stderr)
         lines = [line.split(" | ")[:2] for line in done.stdout.splitlines()[-2:]]
         assert lines == [["| tg4@d19 greedy", "pygpt"], ["| tg4@d19 greedy", f"pygpt +{draft} auto"]]
         assert "| x plain | acceptance | tokens a step |" in done.stdout
@@ -91,17 +92,17 @@ def test_changed_tokens_are_an_error() -> None:
     [
         (["--speculate", "many"], "'many'"),
         (["--speculate", "4,65"], "speculation is 65"),
-        (["--speculate", "--sampler", "best"], "'best' is not one of median, greedy, sample"),
+        (["--speculate", "--sampler", "best"], "'best' ... median, greedy, sample"),
         (["--speculate", "--temp", "hot"], "'hot'"),
         (["--speculate", "--temp", "-1"], "-1"),
         (["--speculate", "--draft-model", "missing.bin"], "missing.bin"),
-        (["--speculate", "-p", "8"], "-p cannot be used with --speculate"),
-        (["--speculate", "-B", "8"], "-B cannot be used with --speculate"),
-        (["--speculate", "--train"], "--speculate cannot be used with --train"),
-        (["--sampler", "greedy"], "--sampler cannot be used without --speculate"),
-        (["--draft-model", "q8_0"], "--draft-model cannot be used without --speculate"),
-        (["--temp", "1"], "--temp cannot be used without --speculate"),
-        (["--seed", "1"], "--seed cannot be used without --speculate"),
+        (["--speculate", "-p", "8"], "-p ... with --speculate"),
+        (["--speculate", "-B", "8"], "-B ... with --speculate"),
+        (["--speculate", "--train"], "--speculate ... with --train"),
+        (["--sampler", "greedy"], "--sampler ... without --speculate"),
+        (["--draft-model", "q8_0"], "--draft-model ... without --speculate"),
+        (["--temp", "1"], "--temp ... without --speculate"),
+        (["--seed", "1"], "--seed ... without --speculate"),
     ],
 )
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: Sequence[str], named: str) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import PIPE_BYTES, ROOT, assert_one_line_error, forks
+from running import PIPE_BYTES, ROOT, assert_one_line_error, forks, gist
 from running import run as run_command
 
 from pygpt import GPT2, InputError
@@ -256,7 +256,7 @@ def test_end_of_text_typed_as_text_is_text(fake: Fake) -> None:
 def test_text_is_utf8_in_every_locale(fake: Fake, locale: dict[str, str]) -> None:
     fake.environment.update(locale)
     assert_refused(fake.run(b"caf\xe9"), 2, "is not UTF-8")
-    assert_refused(fake.run(text=b"caf\xe9"), 2, "byte 0xe9 at offset 3 is not UTF-8")
+    assert_refused(fake.run(text=b"caf\xe9"), 2, "0xe9 ... 3 ... UTF-8")
     assert_refused(fake.run(text="café".encode("utf-16")), 2, "UTF-16")
     fake.run("café")
     fake.run(text="\ufeffcafé\r\n".encode())
@@ -274,15 +274,16 @@ def test_newlines_of_piped_and_given_text(fake: Fake, newline: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, 10**5])
 def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
     text = b"x" + b" y" * length  # the longest text is much larger than a pipe's buffer
-    assert fake.run("-m", "none", "-n", str(length + 1), text=text).stdout == text + b"\n"
+    assert fake.run("--overflow", "slide", "-n", str(length + 1), text=text).stdout == text + b"\n"
 
 
 # ---------------------------------------------------------------- options
 
 
 def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
-    fake.run("-m", "no such.bin", "hi", "--threads", "9", "--no-mmap", "-t3", "-n", "3")
-    assert fake.log("argv") == [["--model=no such.bin", "--threads=3", "--no-mmap", "-"]]
+    model = fake.model(16)
+    fake.run("-m", model, "hi", "--threads", "9", "--no-mmap", "-t3", "-n", "3")
+    assert fake.log("argv") == [[f"--model={model}", "--threads=3", "--no-mmap", "-"]]
     assert fake.log("max_new_tokens") == [3]
 
 
@@ -391,15 +392,13 @@ def test_as_many_new_tokens_as_the_context_has_room_for(fake: Fake) -> None:
     assert fake.run("-m", model, "-n", "15", "one").returncode == 0
     assert_refused(fake.run("-m", model, "-n", "16", "one"), 2, "max_new_tokens is 16", "from 1 to 15")
     assert fake.run("-m", model, "one").returncode == 0
-    assert fake.log("max_new_tokens") == [15, 15]
+    assert fake.log("max_new_tokens") == [15, 10]  # by default, a third of the context stays free for the text
 
 
-def test_a_text_is_kept_if_the_model_does_not_open(fake: Fake) -> None:
+def test_a_bad_model_file_is_bad_input(fake: Fake) -> None:
     (fake.cwd / "bad.bin").write_bytes(b"no model")
-    text = " word" * 3000
-    fake.run("-m", "bad.bin", "-n", "2000", text)
-    assert fake.log("tokens") == [ids_of(text)]
-    assert fake.log("max_new_tokens") == [2000]
+    assert_refused(fake.run("-m", "bad.bin", "hi"), 2, "bad.bin: ")
+    assert fake.log("tokens") == []
 
 
 # ---------------------------------------------------------------- the reply's text
@@ -528,7 +527,7 @@ def answer(tokens, new):
     tell(flood.replace("line", "again"))
     put("612\\n")
 """)
-    result = fake.run("-m", "none", text=b" y" * 100000)
+    result = fake.run("--overflow", "slide", text=b" y" * 100000)
     assert (result.returncode, result.stdout) == (0, b"hello there\n")
     lines = result.stderr.decode().splitlines()[1:]
     assert lines[:20000] == [f"line {i}" for i in range(20000)]
@@ -590,7 +589,7 @@ def test_a_number_too_long_for_an_id_is_not_waited_for() -> None:
 
     found = read_ids(chunks())
     assert next(found) == 5
-    with pytest.raises(ChildError, match="'12345678' instead of a token id"):
+    with pytest.raises(ChildError, match="'12345678'"):
         next(found)
 
 
@@ -774,7 +773,7 @@ def test_the_end_of_a_reply_is_that_of_the_models_vocabulary(capsys: pytest.Capt
         chat.take("ab")
         assert capsys.readouterr().out == "ab\n"
         assert settings.request == {"max_new_tokens": 5, **({} if end is None else {"stop_at_eot": True})}
-    with pytest.raises(InputError, match="stop_at_eot is True, but the model's vocabulary has no"):
+    with pytest.raises(InputError, match=r"stop_at_eot is True.*vocabulary"):
         chat_module.Settings(chat_module.parse(["--stop-at-eot"]), config)
 
 
@@ -863,14 +862,14 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/", "'/' is not a command"),
-        ("/foo", "'/foo' is not a command"),
-        ("/SET n 3", "'/SET' is not a command"),
-        ("/ help", "'/' is not a command"),
-        ("/a\n\nb", "'/a' is not a command"),
-        ("/help me", "/help must be alone, but 'me'"),
-        ("/quit\nnow", "/quit must be alone, but 'now'"),
-        ("/again 2", "/again must be alone, but '2'"),
+        ("/", "'/'"),
+        ("/foo", "'/foo'"),
+        ("/SET n 3", "'/SET'"),
+        ("/ help", "'/'"),
+        ("/a\n\nb", "'/a'"),
+        ("/help me", "/help ... 'me'"),
+        ("/quit\nnow", "/quit ... 'now'"),
+        ("/again 2", "/again ... '2'"),
         ("/" + "x" * 500, "'/xxx"),
     ],
 )
@@ -880,7 +879,7 @@ def test_unknown_command_is_one_line(bench: Bench, capsys: pytest.CaptureFixture
     bench.take(line)
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert shown.err.startswith(f"pygpt: {told}")
+    assert re.match(gist(f"pygpt: {told}"), shown.err)
     assert len(shown.err) < 150
     assert len(bench.echo.asked) == 1
 
@@ -929,7 +928,7 @@ def test_long_conversation_keeps_its_last_tokens_slides_or_stops(capsys: pytest.
         assert [len(tokens) for tokens, _ in bench.echo.asked] == lengths
         told = capsys.readouterr().err
         if overflow is None:
-            assert "text and the reply so far have 7 tokens; only the last 6 are used" in told
+            assert re.search(gist("7 tokens ... last 6"), told)
         elif overflow == "stop":
             assert told.startswith("pygpt: 9 tokens were given")
             assert told.count("\n") == 1
@@ -1339,7 +1338,7 @@ def test_typed_text_is_utf8(fake: Fake, encoding: str) -> None:
 def test_a_long_line_is_pasted_whole_while_stdout_is_a_file(fake: Fake) -> None:
     """The terminal itself would cut it at 4,095 bytes. Its keys still edit the line."""
     line = "lorem é " * 1000
-    with Terminal(fake, "-m", "none", piped=True) as chat:  # without a model's context, no text is too long
+    with Terminal(fake, "--overflow", "slide", piped=True) as chat:  # a text of any length
         for text in line + "\r", "abé\x7f\x7fcd\x7f e\r", "xyz\x15a\n":
             chat.type(text)
             chat.expect("Text: ")
@@ -1654,7 +1653,7 @@ def answer(tokens, new):
     assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
-@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 1), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
+@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 2), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
 def test_real_error_is_one_line(real: Fake, options: list[str], status: int) -> None:
     assert_refused(real.run(*options, "hi"), status, options[1])
 

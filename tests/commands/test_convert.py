@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
-from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, run
+from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, gist, run
 
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.config import TENSORS, Config
@@ -393,7 +393,7 @@ def test_written_in_pieces_or_whole(folder: Path, version: int, step: int) -> No
 def test_pieces_of_another_shape_are_refused(folder: Path, change: Callable[[Any], Any], found: str) -> None:
     config, tensors = arrays("a.bin")
     tensors["wpe"] = change(tensors["wpe"])
-    with pytest.raises(InputError, match=re.escape(f"wpe has shape {found}, expected (5, 6)")):
+    with pytest.raises(InputError, match=gist(f"wpe ... {found} ... (5, 6)")):
         write_checkpoint("b.bin", config, tensors)
     assert os.listdir() == ["a.bin"]
 

@@ -96,6 +96,10 @@ def test_a_model_of_any_format_is_a_source(folder: Path) -> None:
     for source in ("hf", "hf/model.safetensors", "five.bin", "source.gguf", "source.safetensors"):
         assert main(["--format", "q4_0", source, "target.safetensors"]) == 0
         assert equal(all_of("target.safetensors"), expected(all_of(source), "q4_0", "q8_0")), source
+    for target, positions in (("target.gguf", "float32"), ("target.safetensors", "bfloat16")):
+        assert main(["five.bin", target]) == 0
+        with open_model(target) as model:
+            assert model.formats["wpe"].name == positions
 
 
 @pytest.mark.parametrize("form", ["q8_0", "q4_0"])

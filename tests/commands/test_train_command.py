@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
-from running import PYGPT, assert_one_line_error, assert_refused, assert_refuses, environment, run
+from running import PYGPT, assert_one_line_error, assert_refused, assert_refuses, environment, gist, run
 
 from pygpt import (
     GPT2,
@@ -176,7 +176,7 @@ def test_from_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     begin = [word for word in RUN if word not in ("--shape", SHAPE)]
     status, output, error = here(capsys, *begin, "--init", "tiny.bin", "--steps", "1")
     assert (status, error.count("\n")) == (0, 2)
-    assert error.startswith("pygpt: this run will not be saved")
+    assert re.match(r"pygpt: .*--out", error)
     assert "1 step;" in error
     with TrainableGPT2.load("tiny.bin") as engine:
         losses = engine.forward(*DataLoader("train.bin", 2, 8).next_batch())
@@ -569,17 +569,17 @@ def files() -> dict[str, bytes]:
         (["--data", "missing*.txt"], "missing*.txt"),
         (["--data", "*.*"], "train on one kind"),
         (["--data", "latin.txt", "--shape", TEXT_SHAPE], "latin.txt: byte 0xe4"),
-        (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 tokens are too few for one batch"),
-        (["--data", "few.txt", "--shape", TEXT_SHAPE], "few.txt: tokens: 9 tokens are too few for one batch"),
+        (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 tokens"),
+        (["--data", "few.txt", "--shape", TEXT_SHAPE], "few.txt: tokens: 9 tokens"),
         (["--data", "few.txt"], "this model has 61 ids"),
         (["--val", "few.txt"], "this model has 61 ids"),
-        (["--val-tokens", "9"], "validation: {folder}/train.bin: tokens: 9 tokens are too few"),
-        (["--data", "folder"], "folder: a folder: name its files by a pattern in quotes"),
-        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: not a regular file: save it as a file first"),
-        (["--val", "/dev/zero"], "/dev/zero: not a regular file"),
+        (["--val-tokens", "9"], "validation: {folder}/train.bin: tokens: 9 tokens"),
+        (["--data", "folder"], "folder: ... pattern"),
+        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: ... regular"),
+        (["--val", "/dev/zero"], "/dev/zero: ... regular"),
         (["--data", "short.bin"], "short.bin: truncated"),
-        (["--data", "large.bin"], "token id 61 at position 1: it must be below the vocabulary of 61"),
-        (["--data", "few.bin"], "few.bin: 10 tokens are too few"),
+        (["--data", "large.bin"], "token id 61 ... position 1 ... 61 ids"),
+        (["--data", "few.bin"], "few.bin: 10 tokens"),
         (["--val", "few.bin"], "validation: "),
         (["--val", "missing.bin"], "missing.bin"),
         (["--val", "val.bin", "--val-tokens", "50"], "one of them"),
@@ -588,10 +588,10 @@ def files() -> dict[str, bytes]:
         (["--val-fraction", "1.5"], "1.5"),
         (["--val-fraction", "nan"], "nan"),
         (["--data", "[tv]*.bin", "--val-tokens", "50"], "2 shards cannot be split"),
-        (["-B", "0"], "-B: '0': it must be a whole number from 1"),
+        (["-B", "0"], "-B: '0' ... from 1"),
         (["-B", "x"], "'x'"),
         (["-T", "-1"], "-T"),
-        (["-T", "17"], "T is 17: the model takes sequences of at most 16 tokens; make T smaller"),
+        (["-T", "17"], "T is 17 ... 16 tokens ... T smaller"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**64)], str(2**64)),
         (["--init", "missing.bin", "--shape", ""], "--shape"),
@@ -627,11 +627,11 @@ def files() -> dict[str, bytes]:
         (["--out", "folder"], "--out is 'folder'"),
         (["--out", ".bin"], "--out is '.bin'"),
         (["--out", "val.bin"], "val.bin: exists already"),
-        (["--out", "train.bin"], "train.bin: was given for two uses"),
+        (["--out", "train.bin"], "train.bin: ... two uses"),
         (["--out", "folder/"], "folder/"),
         (["--out", "old"], "old.state.1: exists already"),
         (["--out", "x" * 240], "File name too long"),
-        (["--out", "missing/run"], "missing/run.bin: cannot write into the folder"),
+        (["--out", "missing/run"], "missing/run.bin: ... folder"),
         (["--out", "val.bin/run"], "Not a directory"),
         (["--version", "1"], "--version"),
         (["--version", "4"], "3 (float32) or 5 (bfloat16)"),
@@ -643,18 +643,18 @@ def files() -> dict[str, bytes]:
         (["--sample-every", "x"], "--sample-every"),
         (["--sample-tokens", "0"], "--sample-tokens"),
         (["--log", "val.bin"], "val.bin: exists already"),
-        (["--log", "missing/log"], "missing/log: cannot write into the folder"),
+        (["--log", "missing/log"], "missing/log: ... folder"),
         (["--log", "same.bin", "--out", "same"], "two uses"),
         (["--log", "folder"], "folder: exists already"),
-        (["--plot", "val.bin"], "val.bin/loss.svg: cannot write into the folder"),
+        (["--plot", "val.bin"], "val.bin/loss.svg: ... folder"),
         (["--plot", "folder/x.svg"], "x.svg: exists already"),
-        (["--plot", "folder/x.svg", "--force"], "x.svg: not a regular file"),
+        (["--plot", "folder/x.svg", "--force"], "x.svg: ... regular"),
         (["--plot", "photo.png"], "photo.png: exists already"),
         (["--plot", "new.svg", "--log", "new.svg"], "two uses"),
         (["--plot", "new.bin", "--out", "new"], "two uses"),
         (["--log", "new.state.1", "--out", "new"], "two uses"),
         (["--data", "few.state.1", "--out", "few", "--force"], "two uses"),
-        (["--check", "missing.bin"], "--check does not train, so leave out -B"),
+        (["--check", "missing.bin"], "--check ... -B"),
         (["--speed", "9"], "--speed"),
         (["surplus"], "surplus"),
     ],
@@ -680,7 +680,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, named in (
         (["--shape", SHAPE], "--data is missing"),
         (["--data", "train.bin", "--init", "random"], "--init random needs --shape"),
-        (["--data", "train.bin", "--init", "missing.bin"], "missing.bin: no such model file"),
+        (["--data", "train.bin", "--init", "missing.bin"], "missing.bin: "),
     ):
         assert_refuses(train.main, capsys, arguments, named)
 
@@ -690,16 +690,16 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--init", "tiny.bin"], "--init and --resume"),
         (["--shape", SHAPE], "--shape and --resume"),
-        (["-B", "3"], "-B is 3, but the state has 2"),
+        (["-B", "3"], "-B is 3 ... 2"),
         (["-T", "4"], "-T is 4"),
         (["--seed", "2"], "--seed is 2"),
         (["--shuffle"], "--shuffle is True"),
-        (["--val-tokens", "30"], "--val-tokens is 30, but the state has None"),
+        (["--val-tokens", "30"], "--val-tokens is 30 ... None"),
         (["--data", "val.bin"], "tokens = 400"),
-        (["--data", "other.bin"], "state is for fingerprint = "),
+        (["--data", "other.bin"], "fingerprint = "),
         (["--out", "taken"], "taken.bin: exists already"),
         (["--log", "taken.bin"], "taken.bin: exists already"),
-        (["--warmup", "3"], "warmup is 3: it must be a whole number from 0 to 2"),
+        (["--warmup", "3"], "warmup is 3 ... 0 to 2"),
     ],
 )
 def test_refusals_of_a_resumed_run(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
@@ -826,7 +826,7 @@ def test_a_disk_that_fills_up() -> None:
     before = files()
     result = command("--resume", "run.state", "--steps", "5", shell='ulimit -f 8; exec "$@"')
     assert result.returncode == 1
-    assert re.search(r"^pygpt: run\.state contains the run after 2 steps", result.stderr, re.MULTILINE)
+    assert re.search(r"^pygpt: run\.state [^\n]* 2 steps", result.stderr, re.MULTILINE)
     assert re.search(r"\npygpt: error: run\.state: .*File too large\n$", result.stderr)
     assert files() == before
     succeed("--resume", "run.state", "--steps", "5")
@@ -865,7 +865,7 @@ def test_a_run_that_diverges_before_the_first_save(capsys: pytest.CaptureFixture
     done = len(numbers(output))
     assert (status, done > 0) == (1, True)
     assert re.fullmatch(
-        rf"pygpt: run\.state contains the run after {done} steps[^\n]*\n"
+        rf"pygpt: run\.state [^\n]* {done} steps[^\n]*\n"
         rf"pygpt: error: step {done}: [^\n]*nan [^\n]* epoch 0, shard 0, batch {done}[^\n]+\n",
         error,
     )
@@ -878,11 +878,11 @@ def test_a_run_that_diverges_leaves_the_last_save(capsys: pytest.CaptureFixture[
     done = len(numbers(here(capsys, *RUN, *DIVERGING, "40")[1]))
     status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", str(done - 1))
     assert status == 1
-    assert f"pygpt: run.state contains the run after {done - 1} steps" in error
+    assert re.search(gist(f"pygpt: run.state ... {done - 1} steps"), error)
     assert state_of("run.state").progress.step == done - 1
     status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", "1")
     assert status == 1
-    assert f"pygpt: run.state contains the run after {done} steps (run.state.1 after fewer)" in error
+    assert re.search(gist(f"pygpt: run.state ... {done} steps ... run.state.1"), error)
     assert state_of("run.state.1").progress.step == done - 1
 
 
@@ -925,7 +925,7 @@ def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
     before = files()
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9")
     assert status == 1
-    assert "pygpt: nan.state contains the run after 3 steps" in error
+    assert re.search(gist("pygpt: nan.state ... 3 steps"), error)
     assert re.search("step 3: .*nan .*epoch 0, shard 0, batch 3", error)
     assert files() == before
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9", "--out", "new")
@@ -938,7 +938,7 @@ def test_a_shard_that_goes_bad_within_the_run(folder: Path, capsys: pytest.Captu
     status, output, error = here(capsys, *RUN, "--data", "train*.bin", "--steps", "40", "--save-every", "10", "--out", "run")
     assert status == 2
     assert len(numbers(output)) == 24  # floor(399 / 16)
-    assert "pygpt: run.state contains the run after 24 steps" in error
+    assert re.search(gist("pygpt: run.state ... 24 steps"), error)
     assert "train_2.bin: token id 61 at position 40" in error
     assert (state_of("run.state").progress.step, state_of("run.state.1").progress.step) == (24, 20)
 
@@ -946,7 +946,7 @@ def test_a_shard_that_goes_bad_within_the_run(folder: Path, capsys: pytest.Captu
 def test_a_reader_that_goes_away() -> None:
     result = command(*RUN, "--steps", "1000000000", shell='"$@" | head -n 2; exit 0')
     assert (result.returncode, len(result.stdout.splitlines())) == (0, 2)
-    assert result.stderr.startswith("pygpt: this run will not be saved")
+    assert re.match(r"pygpt: .*--out", result.stderr)
     assert result.stderr.count("\n") == 1
     result = command(*RUN, "--steps", "1000000000", "--out", "run", shell='("$@"; echo $? >&2) | head -n 2; exit 0')
     assert (len(result.stdout.splitlines()), result.stderr) == (2, "141\n")

@@ -7,13 +7,16 @@ print tracebacks, hang, or leave processes. Moments begin when the program's own
 """
 
 import dataclasses
+import http.client
 import random
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +39,7 @@ from programs import (
     wait_until,
     writers,
 )
+from serving import ServerProcess
 
 from pygpt import GPT2, Config, Tokenizer, TrainingState
 from pygpt.hub.find import EMBEDDED_MODEL
@@ -251,6 +255,40 @@ def training_of(place: Path) -> list[bytes]:
     return [(place / "m.bin").read_bytes(), (place / "m.state").read_bytes()[-values - 32 : -32], rest]
 
 
+def test_servers_under_signals(budget: Budget, files: Files) -> None:
+    """The first signal decides the status. What clients got before their stream ended is the beginning of the right answer."""
+    with GPT2.load(files.small, threads=1) as model:
+        wanted = [list(model.generate([1, i], max_new_tokens=100, sampler="greedy")) for i in range(4)]
+    for number in budget.rounds():
+        server, rng, found = (
+            ServerProcess("-m", files.small, "-t", "2", "--grace", "1"),
+            budget.random,
+            [list[int]() for _ in wanted],
+        )
+
+        def client(i: int, server: ServerProcess = server, found: list[list[int]] = found) -> None:
+            body = {"prompt": [1, i], "max_tokens": 100, "temperature": 0, "stream": True, "return_token_ids": True}
+            with suppress(OSError, http.client.HTTPException):
+                for event in server.at.ask("POST", "/v1/completions", body).events():
+                    found[i] += event["choices"][0]["token_ids"] if "choices" in event else []
+
+        clients = [threading.Thread(target=client, args=(i,)) for i in range(len(wanted))]
+        for each in clients:
+            each.start()
+        time.sleep(rng.random() * 0.3)
+        if stopped := rng.random() < 0.3:
+            strike(server.child, "SIGSTOP", rng)
+        first, status = rng.choice(((signal.SIGTERM, 0), (signal.SIGINT, 130)))
+        times = rng.randrange(1, 3)
+        outcome = server.end(first, times)
+        detail = number, first, times, stopped, outcome
+        for each in clients:
+            each.join()
+        assert outcome[0] in {status, *([-first] if times > 1 else [])}, detail  # a second one may meet the interpreter's end
+        assert outcome[1:] == (b"", b""), detail
+        assert all(ids == right[: len(ids)] for ids, right in zip(found, wanted, strict=True)), detail
+
+
 # ------------------------------------------------------------------------------------------------ forks, exits, clocks
 
 FORK = """
@@ -294,6 +332,43 @@ if how == "exit":
 if how == "raise":
     raise SystemExit
 """
+ENGINE = """
+wanted = [int(word) for word in sys.argv[3].split()][:38]
+model = GPT2.load(sys.argv[1], threads=int(sys.argv[2]))
+engine = model.engine(prefix=model.new_prefix_cache())
+jobs = [engine.add(Request(model.config, [1, 2], total=40, speculation=count)) for count in (None, 3, True)]
+for _ in range(5):
+    engine.step()
+child = os.fork()
+list(engine.run())
+right = all(completion.tokens == wanted for job in jobs for completion in job.completions)
+if not child:
+    os._exit(0 if right else 3)
+_, status = os.waitpid(child, 0)
+assert right and status == 0, status
+print("fine")
+"""
+CLOSE = """
+wanted = [int(word) for word in sys.argv[3].split()]
+def work(model, found, caches=None):
+    try:
+        for token in model.generate([1, 2], total=120, cache=caches, speculation=len(found) or None):
+            found.append(token)
+    except ClosedError:
+        pass
+for pause in range(12):
+    model = GPT2.load(sys.argv[1], threads=int(sys.argv[2]))
+    lists = [[] for _ in range(3)]
+    threads = [threading.Thread(target=work, args=(model, found, model.new_prefix_cache())) for found in lists]
+    for thread in threads:
+        thread.start()
+    time.sleep(pause / 500)
+    model.close()
+    for thread in threads:
+        thread.join()
+    assert all(found == wanted[:len(found)] for found in lists)
+print("fine")
+"""
 CLOCK = """
 now = time.time
 time.time = lambda: now() + next(jumps)
@@ -307,7 +382,9 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("code", [FORK, EXIT, CLOCK], ids=["forks", "exits", "clocks"])
+@pytest.mark.parametrize(
+    "code", [FORK, EXIT, CLOCK, ENGINE, CLOSE], ids=["forks", "exits", "clocks", "forks of an engine", "closes"]
+)
 def test_with_busy_workers(budget: Budget, setting: Setting, code: str) -> None:
     """Children compute alone, the interpreter ends while threads compute, and waits use the monotonic clock."""
     for _ in budget.rounds():

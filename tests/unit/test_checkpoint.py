@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from running import gist
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
 from pygpt.formats.checkpoint import Checkpoint, file_bytes, write_checkpoint
+from pygpt.formats.files import MappedFile
 from pygpt.formats.safetensors import SafetensorsFile
 from pygpt.hub.find import EMBEDDED_MODEL, find_model
 
@@ -173,7 +175,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path, beginning: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(beginning.ljust(4096, b"\0"))
     found = int.from_bytes(beginning[:4].ljust(4, b"\0"), "little", signed=True)
-    assert f"magic number {found}, expected {MAGIC}" in refusal(path)
+    assert re.search(gist(f"magic ... {found} ... {MAGIC}"), refusal(path))
     path.write_bytes(beginning)
     assert f"{len(beginning)} bytes, shorter" in refusal(path)
 
@@ -287,7 +289,7 @@ def test_a_size_that_wraps_around_is_refused(tmp_path: Path, bits: int, shape: d
     path = tmp_path / "wrapped.bin"
     path.write_bytes(pack(header(1, **shape)))
     message = refusal(path)
-    assert f"1024 bytes, expected {claimed}" in message if bits == 32 else "maxT is 2147483634" in message
+    assert re.search(gist(f"1024 bytes ... {claimed}"), message) if bits == 32 else "maxT is 2147483634" in message
 
 
 @settings(max_examples=50, deadline=None)
@@ -373,6 +375,31 @@ def test_a_file_read_into_memory_is_equal_and_independent(tmp_path: Path, versio
     assert np.array_equal(kept, copy)
     with pytest.raises(ClosedError):
         read.tensor("wte")
+
+
+def test_a_view_is_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During view(), a second thread closes the file and opens another file, which may get the same descriptor."""
+    (tmp_path / "a").write_bytes(b"a" * 4096)
+    (tmp_path / "b").write_bytes(b"b" * 4096)
+    file, real, opened = MappedFile(str(tmp_path / "a"), "file", CheckpointError), mmap.mmap, []
+
+    def reuse() -> None:
+        file.close()
+        opened.append(os.open(tmp_path / "b", os.O_RDONLY))
+
+    other = threading.Thread(target=reuse)
+
+    def wait_then_map(*arguments: Any, **options: Any) -> mmap.mmap:
+        other.start()
+        other.join(0.3)  # it must wait for the map
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", wait_then_map)
+    assert bytes(file.view(0, 4)) == b"aaaa"
+    other.join()
+    os.close(opened[0])
+    with pytest.raises(ClosedError, match="closed"):
+        file.view(0, 4)
 
 
 @pytest.mark.parametrize(
@@ -686,7 +713,7 @@ def test_bfloat16_is_the_nearest_of_exact_numbers(tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize("version", [0, 2, 4, 6, -1, 3.0, True, "3", [3]])
 def test_an_unknown_version_is_not_written(tmp_path: Path, version: Any) -> None:
-    with pytest.raises(InputError, match=re.escape(f"version is {version!r}: it must be 1, 3 or 5")):
+    with pytest.raises(InputError, match=gist(f"version is {version!r} ... 1, 3 or 5")):
         write_checkpoint(tmp_path / "model.bin", Config(**SMALL), random_tensors(Config(**SMALL)), version=version)
     assert os.listdir(tmp_path) == []
 
@@ -709,7 +736,7 @@ def test_other_names_are_not_written(tmp_path: Path, change: str) -> None:
 )
 def test_other_shapes_are_not_written(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     tensors = {**random_tensors(Config(**SMALL)), name: np.zeros(shape, np.float32)}
-    with pytest.raises(InputError, match=rf"{name} has shape .*, expected \("):
+    with pytest.raises(InputError, match=rf"{name} .*\(.*\), .*\("):
         write_checkpoint(tmp_path / "model.bin", Config(**SMALL), tensors)
     assert os.listdir(tmp_path) == []
 

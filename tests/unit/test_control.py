@@ -169,22 +169,22 @@ def test_requests_of_json_take_the_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"logit_bias": [1]}, "logit_bias is .*: it must map token ids to numbers"),
+        ({"logit_bias": [1]}, r"logit_bias is \[1\]: .*token ids"),
         ({"logit_bias": {V: 1}}, f"{V}. is not a token id"),
         ({"logit_bias": {1: math.inf}}, "logit_bias of token 1 is inf"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be a finite number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0: .*above 0"),
         ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
         ({"presence_penalty": "1"}, "presence_penalty is '1'"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1: it must be a whole number"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1: .*whole number"),
         ({"no_repeat_ngram_size": 1.0}, "no_repeat_ngram_size is 1.0"),
-        ({"bad_words_ids": 5}, "bad_words_ids is 5: it must be a list"),
+        ({"bad_words_ids": 5}, "bad_words_ids is 5: .*list"),
         ({"bad_words_ids": [5]}, "tokens are 5"),
         ({"bad_words_ids": [[]]}, "empty sequence"),
-        ({"bad_words_ids": ["ab"]}, "must be a list of token ids"),
+        ({"bad_words_ids": ["ab"]}, "list of token ids"),
         ({"suppress_tokens": [-1]}, "-1. is not a token id"),
         ({"suppress_tokens": "ab"}, "suppress_tokens is 'ab'"),
-        ({"logits_processor": 5}, "logits_processor is 5: it must be a list"),
-        ({"logits_processor": [5]}, "logits_processor is 5: it must be a function"),
+        ({"logits_processor": 5}, "logits_processor is 5: .*list"),
+        ({"logits_processor": [5]}, "logits_processor is 5: .*function"),
     ],
     ids=str,
 )
@@ -196,10 +196,10 @@ def test_bad_options_are_refused(model: GPT2, options: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"suppress_tokens": range(V)}, "every token is excluded after 1 tokens"),
-        ({"logits_processor": lambda ids, row: row[:3]}, "logits_processor returned .*: it must return logits"),
+        ({"suppress_tokens": range(V)}, "every token .* 1 tokens"),
+        ({"logits_processor": lambda ids, row: row[:3]}, "logits_processor returned .*logits"),
         ({"logits_processor": lambda ids, row: "x"}, "logits_processor returned 'x'"),
-        ({"logits_processor": lambda ids, row: row * math.nan}, "the highest logit is nan"),
+        ({"logits_processor": lambda ids, row: row * math.nan}, "logit is nan"),
     ],
     ids=["all", "short", "text", "nan"],
 )
@@ -324,7 +324,7 @@ def test_bad_arguments_are_refused_at_once(model: GPT2) -> None:
             call()
 
     async def main() -> None:
-        with pytest.raises(InputError, match="every token is excluded"):
+        with pytest.raises(InputError, match="every token"):
             _ = [token async for token in model.agenerate([1], suppress_tokens=range(V))]
 
     asyncio.run(main())

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import gist
 
 from pygpt.errors import DataError, InputError
 from pygpt.formats import llmc, text
@@ -57,22 +58,22 @@ def test_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 bytes, shorter than the header of a token file, 1024 bytes"),
-        (shard_bytes([1])[:1023], "1023 bytes, shorter than the header of a token file, 1024 bytes"),
-        (shard_bytes([1], magic=20240801), "magic number 20240801, expected 20240520: not a token file of llm.c"),
-        (shard_bytes([1], version=7), "version 7, expected 1 for a token file"),
-        (shard_bytes([]), "bad header: 0 tokens, expected 1 or more"),
-        (shard_bytes([1], count=-1), "bad header: -1 tokens, expected 1 or more"),
-        (shard_bytes([1], reserved=5), "bad header: reserved field 255 is 5, expected 0"),
-        (shard_bytes([1, 2])[:-1], "truncated: 1027 bytes, expected 1028 for 2 tokens"),
-        (shard_bytes([1], count=2**31 - 1), "truncated: 1026 bytes, expected 4294968318 for 2147483647 tokens"),
-        (shard_bytes([1]) + b"\0", "too long: 1027 bytes, expected 1026 for 1 tokens"),
+        (b"", "0 bytes ... 1024 bytes"),
+        (shard_bytes([1])[:1023], "1023 bytes ... 1024 bytes"),
+        (shard_bytes([1], magic=20240801), "magic ... 20240801 ... 20240520 ... llm.c"),
+        (shard_bytes([1], version=7), "version 7 ... 1"),
+        (shard_bytes([]), "0 tokens ... 1"),
+        (shard_bytes([1], count=-1), "-1 tokens ... 1"),
+        (shard_bytes([1], reserved=5), "field 255 is 5 ... 0"),
+        (shard_bytes([1, 2])[:-1], "truncated ... 1027 bytes ... 1028 ... 2 tokens"),
+        (shard_bytes([1], count=2**31 - 1), "truncated ... 1026 bytes ... 4294968318 ... 2147483647 tokens"),
+        (shard_bytes([1]) + b"\0", "too long ... 1027 bytes ... 1026 ... 1 tokens"),
     ],
 )
 def test_other_files_than_shards_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"^{re.escape(f'{path}: {message}')}$"):
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: .*{gist(message)}"):
         read_tokens(path)
 
 
@@ -110,8 +111,8 @@ def test_writing(tmp_path: Path, cut: int) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([], "there are no tokens to write"),
-        (iter([[], []]), "there are no tokens to write"),
+        ([], "no tokens"),
+        (iter([[], []]), "no tokens"),
         ([1, 65536], "token id 65536 at position 1"),
         ([1, -1], "token id -1 at position 1"),
         ([1.0], "float64"),
@@ -151,7 +152,7 @@ def test_splitting() -> None:
     [
         ({}, "give either"),
         ({"val_tokens": 1, "val_fraction": 0.5}, "give either"),
-        ({"val_tokens": 0}, "val_tokens is 0: .*10 tokens.* from 1 to 9"),
+        ({"val_tokens": 0}, "val_tokens is 0: .*10 tokens.* 1 to 9"),
         ({"val_tokens": 10}, "val_tokens is 10"),
         ({"val_tokens": 1.0}, "val_tokens is 1.0"),
         ({"val_fraction": 0.0}, "val_fraction is 0.0"),
@@ -272,23 +273,23 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: DataLoader(path, 0, 4), "B is 0: it must be a whole number from 1"),
+        (lambda path: DataLoader(path, 0, 4), "B is 0: .* from 1"),
         (lambda path: DataLoader(path, 1, -1), "T is -1"),
         (lambda path: DataLoader(path, True, 4), "B is True"),
         (lambda path: DataLoader(path, 1, 4, shuffle_seed=-1), "shuffle_seed is -1"),
         (lambda path: DataLoader(path, 1, 4, shuffle_seed=2**64), "shuffle_seed is 18446744073709551616"),
         (lambda path: DataLoader(path, 1, 4, V=0), "V is 0"),
-        (lambda path: DataLoader(path, 1, 4, V=4), "a.bin: token id 4 at position 4: .* vocabulary of 4 ids"),
-        (lambda path: DataLoader([0, 1, 9], 1, 1, V=9), "tokens: token id 9 at position 2"),
-        (lambda path: DataLoader([0, -1], 1, 1), "tokens: token id -1 at position 1"),
+        (lambda path: DataLoader(path, 1, 4, V=4), "a.bin: .*token id 4 .*position 4.* 4 ids"),
+        (lambda path: DataLoader([0, 1, 9], 1, 1, V=9), "tokens: .*token id 9 .*position 2"),
+        (lambda path: DataLoader([0, -1], 1, 1), "tokens: .*token id -1 .*position 1"),
         (
             lambda path: DataLoader(path, 1, 5),
-            r"a.bin: 5 tokens are too few for one batch: B\*T \+ 1 = 1\*5 \+ 1 = 6 are needed",
+            r"a.bin: 5 tokens .*1\*5 \+ 1 = 6",
         ),
-        (lambda path: DataLoader([path.replace("a.bin", "b.bin"), path], 1, 4), r"b.bin: 2 tokens .* or leave this file out$"),
-        (lambda path: DataLoader([1, 2], 2, 1), r"tokens: 2 tokens are too few"),
+        (lambda path: DataLoader([path.replace("a.bin", "b.bin"), path], 1, 4), r"b.bin: 2 tokens .* leave this file out"),
+        (lambda path: DataLoader([1, 2], 2, 1), "tokens: 2 tokens"),
         (lambda path: DataLoader(path + "x", 1, 4), "pattern"),
-        (lambda path: DataLoader([], 1, 4), "list of token files is empty"),
+        (lambda path: DataLoader([], 1, 4), "empty"),
         (lambda path: DataLoader([0.5, 1.5], 1, 1), "float64"),
     ],
 )
@@ -301,22 +302,22 @@ def test_the_loader_refuses(tmp_path: Path, make: Callable[[str], Any], message:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"B": 3}, "state is for B = 3, this loader has 2"),
-        ({"T": 1}, "state is for T = 1, this loader has 2"),
-        ({"tokens": 8}, "state is for tokens = 8, this loader has 9"),
-        ({"shards": 2}, "state is for shards = 2, this loader has 1"),
+        ({"B": 3}, r"B = 3\b.* 2\b"),
+        ({"T": 1}, r"T = 1\b.* 2\b"),
+        ({"tokens": 8}, r"tokens = 8\b.* 9\b"),
+        ({"shards": 2}, r"shards = 2\b.* 1\b"),
         ({"shards": True}, "shards = True.* 1"),
         (
             {"fingerprint": "0" * 32},
-            "state is for fingerprint = '0{32}', this loader has '[0-9a-f]{32}': use the same data",
+            "fingerprint = '0{32}'.*'[0-9a-f]{32}'.*the same data",
         ),
-        ({"shuffle_seed": None}, "state is for shuffle_seed = None, this loader has 5"),
-        ({"shard": 1}, "shard is 1: it must be a whole number from 0 to 0"),
-        ({"batch": 3}, "batch is 3: it must be a whole number from 0 to 2"),
+        ({"shuffle_seed": None}, r"shuffle_seed = None\b.* 5\b"),
+        ({"shard": 1}, "shard is 1: .*0 to 0"),
+        ({"batch": 3}, "batch is 3: .*0 to 2"),
         ({"epoch": -1}, "epoch is -1"),
         ({"epoch": None}, "epoch is None"),
         ({"epoch": "1"}, "epoch is '1'"),
-        ({"more": 0}, "state has the fields .*more"),
+        ({"more": 0}, "fields .*more"),
     ],
 )
 def test_states_of_other_loaders_are_refused(change: dict[str, int | str | None], message: str) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import targets
+import targets_json as targets
 
 FILE = Path(__file__).parents[2] / "tools" / "fuzz.py"
 

@@ -1,5 +1,6 @@
 """GGUF: files of llama.cpp and of the `gguf` package are read, ours are read there, and everything else is one line."""
 
+import re
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make, tensors
+from running import gist
 
 from pygpt import GPT2
 from pygpt.commands.quantize import main
@@ -105,7 +107,7 @@ def refused(content: bytes, *named: str) -> None:
         GGUFFile("other.gguf")
     assert "\n" not in str(caught.value)
     for word in named:
-        assert word in str(caught.value)
+        assert re.search(gist(word), str(caught.value))
 
 
 def all_of(path: str | Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -244,6 +246,11 @@ def test_the_vocabulary_is_gpt2s(folder: Path) -> None:
         text("tokenizer.ggml.pre", "gpt-2"),
     ):
         assert expected in content
+    unsigned = types.replace(struct.pack("<IQ", 5, 50257), struct.pack("<IQ", 4, 50257))
+    Path("unsigned.gguf").write_bytes(content.replace(types, unsigned))
+    with GGUFFile("words.gguf") as signed, GGUFFile("unsigned.gguf") as other:
+        assert signed.vocabulary()["added_tokens"]
+        assert signed.vocabulary() == other.vocabulary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,25 +378,26 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"gpt2_context_length": u32("gpt2.context_length", 0)}, ("maxT is 0",)),
     ({"gpt2_context_length": text("gpt2.context_length", "8")}, ("maxT is '8'",)),
     ({"gpt2_context_length": u32("gpt2.context_length", 9)}, ("position_embd.weight", "(32, 8)", "(32, 9)")),
-    ({"gpt2_block_count": u32("gpt2.block_count", 3)}, ("blk.2.attn_norm.weight is missing",)),
-    ({"gpt2_block_count": u32("gpt2.block_count", 1)}, ("'blk.1.attn_norm.bias' is unknown",)),
+    ({"gpt2_block_count": u32("gpt2.block_count", 3)}, ("blk.2.attn_norm.weight ... missing",)),
+    ({"gpt2_block_count": u32("gpt2.block_count", 1)}, ("'blk.1.attn_norm.bias' ... unknown",)),
     ({"gpt2_attention_head_count": u32("gpt2.attention.head_count", 3)}, ("C is 32", "NH = 3")),
     ({"gpt2_attention_layer_norm_epsilon": None}, ("layer_norm_epsilon is None", "1e-05")),
     ({"gpt2_attention_layer_norm_epsilon": u32("gpt2.attention.layer_norm_epsilon", 1)}, ("layer_norm_epsilon is 1",)),
-    ({"a": u32("gpt2.feed_forward_length", 100)}, ("blk.0.ffn_up.weight has extents (32, 128), expected (32, 100)",)),
-    ({"a": u32("gpt2.attention.head_count_kv", 1)}, ("head_count_kv is 1", "expected 2")),
+    ({"a": u32("gpt2.feed_forward_length", 100)}, ("blk.0.ffn_up.weight ... (32, 128) ... (32, 100)",)),
+    ({"a": u32("gpt2.attention.head_count_kv", 1)}, ("head_count_kv is 1 ... 2",)),
     ({"a": pair("split.count", 2, struct.pack("<H", 2))}, ("one of 2 parts", "merge")),
     ({"a": u32("general.alignment", 48)}, ("begins at",)),
     ({"a": u32("general.alignment", 12)}, ("general.alignment is 12",)),
     ({"a": u32("general.alignment", 0)}, ("general.alignment is 0",)),
     ({"a": text("general.alignment", "32")}, ("general.alignment is '32'",)),
-    ({"a": u32("gpt2.block_count", 2)}, ("'gpt2.block_count' occurs twice",)),
-    ({"a": pair("x", 13, b"")}, ("the type of 'x' is 13",)),
+    ({"a": u32("gpt2.block_count", 2)}, ("'gpt2.block_count' ... twice",)),
+    ({"a": pair("x", 13, b"")}, ("'x' is 13",)),
     ({"a": pair("x", 8, struct.pack("<Q", 1 << 40))}, ("the length of 'x'", str(1 << 40))),
     ({"a": pair("x", 8, struct.pack("<Q", 1) + b"\xff")}, ("'x' is not UTF-8",)),
-    ({"a": pair("x", 9, struct.pack("<IQ", 9, 1))}, ("'x' is an array of arrays",)),
+    ({"a": pair("x", 9, struct.pack("<IQ", 9, 1))}, ("'x' ... arrays",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 0, 1 << 62))}, ("the length of 'x'",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1 << 62))}, ("truncated: 'x'",)),
+    ({"a": pair("x", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 63))}, ("truncated: 'x'",)),
     ({"a": pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + string("a"))}, ("tokens has 1 tokens", "65 rows")),
 ]
 
@@ -409,20 +417,20 @@ def test_harmless_settings_are_accepted(folder: Path) -> None:
 
 
 TAMPERED: list[tuple[str, Callable[[Tensor], Tensor | None], tuple[str, ...]]] = [
-    ("token_embd.weight", lambda t: None, ("token_embd.weight is missing",)),
+    ("token_embd.weight", lambda t: None, ("token_embd.weight ... missing",)),
     ("token_embd.weight", lambda t: (t[0], 0, (32 * 65,), t[3]), ("token_embd.weight", "two extents")),
-    ("output_norm.bias", lambda t: None, ("output_norm.bias is missing",)),
-    ("output_norm.bias", lambda t: ("output_norm.gain", *t[1:]), ("output_norm.bias is missing",)),
+    ("output_norm.bias", lambda t: None, ("output_norm.bias ... missing",)),
+    ("output_norm.bias", lambda t: ("output_norm.gain", *t[1:]), ("output_norm.bias ... missing",)),
     ("output_norm.bias", lambda t: (t[0], 0, (32, 1), t[3]), ("output_norm.bias", "(32, 1)", "(32,)")),
-    ("output_norm.bias", lambda t: ("output_norm.weight", *t[1:]), ("'output_norm.weight' occurs twice",)),
-    ("output_norm.bias", lambda t: (t[0], 0, (), t[3]), ("the number of extents of 'output_norm.bias' is 0",)),
+    ("output_norm.bias", lambda t: ("output_norm.weight", *t[1:]), ("'output_norm.weight' ... twice",)),
+    ("output_norm.bias", lambda t: (t[0], 0, (), t[3]), ("extents of 'output_norm.bias' is 0",)),
     ("output_norm.bias", lambda t: (t[0], 0, (32, 1, 1, 1, 1), t[3]), ("extents of 'output_norm.bias' is 5",)),
-    ("output_norm.bias", lambda t: (t[0], 0, (0,), t[3]), ("an extent of 'output_norm.bias' is 0",)),
-    ("output_norm.bias", lambda t: (t[0], 0, (1 << 60,), t[3]), ("an extent of 'output_norm.bias'",)),
+    ("output_norm.bias", lambda t: (t[0], 0, (0,), t[3]), ("extent of 'output_norm.bias' is 0",)),
+    ("output_norm.bias", lambda t: (t[0], 0, (1 << 60,), t[3]), ("'output_norm.bias'", str(1 << 60))),
     ("output_norm.bias", lambda t: (t[0], 12, (256,), t[3]), ("Q4_K", "output_norm.bias", "pygpt quantize")),
     ("output_norm.bias", lambda t: (t[0], 99, (256,), t[3]), ("number 99", "output_norm.bias")),
     ("output_norm.bias", lambda t: (t[0], 8, (31,), t[3]), ("rows of 31 values", "multiple of 32 for q8_0")),
-    ("output_norm.bias", lambda t: ("x" * 65, *t[1:]), ("the name of a tensor is 65",)),
+    ("output_norm.bias", lambda t: ("x" * 65, *t[1:]), ("name ... 65",)),
     ("output_norm.bias", lambda t: (t[0], 0, (1 << 32, 1 << 32, 1 << 32, 1 << 32), t[3]), ("begins at",)),
 ]
 
@@ -438,7 +446,7 @@ def test_other_files_are_refused(folder: Path) -> None:
     refused(b"", "truncated")
     refused(b"GGU", "truncated")
     refused(b"GGML" + bytes(100), "b'GGML'")
-    refused(build([], [], version=2), "version 2, expected 3")
+    refused(build([], [], version=2), "version 2 ... 3")
     refused(b"GGUF" + struct.pack(">I", 3) + bytes(100), "byte order")
     refused(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(100), "tensors", str(1 << 60))
     refused(b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(100), "keys", str(1 << 60))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
-from running import assert_refuses_and_keeps
+from running import assert_refuses_and_keeps, gist
 
 from pygpt.commands.convert import main
 from pygpt.config import Config
@@ -106,11 +106,15 @@ def test_by_default_every_value_is_kept(folder: Path, capfd: pytest.CaptureFixtu
 
 def test_dtypes_may_be_mixed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = hf.weights(**SHAPE)
-    mixed = {**hf.named(values, "BF16"), "wpe.weight": hf.raw(values["wpe"], "F32")}
+    exact = hf.named(values, "F32")
+    mixed = hf.named(values, "BF16") | {name: exact[name] for name in ("wpe.weight", "h.1.mlp.c_fc.bias")}
     hf.make_model(Path("model"), mixed, hf.settings(**SHAPE))
     assert main(["model", "a.bin"]) == 0
     assert "(Hugging Face, mixed," in capsys.readouterr().err
     expected = {**hf.rounded(values, "BF16"), "wpe": values["wpe"]}
+    expected["fcb"][1] = values["fcb"][1]
+    with HuggingFaceModel("model") as model:
+        assert model.formats["fcb"].name == "float32"  # of layers in different formats
     assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(expected, 3, **SHAPE)
 
 
@@ -227,7 +231,7 @@ def test_the_four_sizes_are_known(folder: Path, L: int, C: int, NH: int) -> None
     sparse(Path("m.safetensors"), "BF16", L=L, NH=NH, C=C, V=50257, maxT=1024)
     with HuggingFaceModel("m.safetensors") as model:
         assert model.config == Config(L=L, NH=NH, C=C, V=50257, maxT=1024)
-        assert model.notice == f"without config.json, assuming {NH} heads, as in GPT-2 with {L} layers and {C} channels"
+        assert re.search(gist(f"config.json ... {NH} heads ... {L} layers ... {C} channels"), model.notice)
     with HuggingFaceModel("m.safetensors", heads=1) as model:
         assert (model.config.NH, model.notice) == (1, "")
 
@@ -237,7 +241,8 @@ def test_a_guess_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     hf.write(Path("m.safetensors"), tensors())
     assert main(["m.safetensors", "a.bin"]) == 0
     output = capsys.readouterr().err
-    assert output.endswith("; without config.json, assuming 3 heads, as in GPT-2 with 2 layers and 6 channels\n")
+    assert output.endswith("\n")
+    assert re.search(gist("config.json ... 3 heads ... 2 layers ... 6 channels"), output)
     assert output.count("\n") == 1
 
 
@@ -266,22 +271,22 @@ def with_tensor(name: str, dtype: str, *shape: int) -> Callable[[Tensors], objec
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (without("wte.weight"), "tensor wte.weight is missing"),
-        (without("ln_f.bias"), "tensor ln_f.bias is missing"),
-        (without("h.1.mlp.c_proj.weight"), "tensor h.1.mlp.c_proj.weight is missing"),
-        (with_tensor("h.2.ln_1.weight", "F32", 6), "tensor 'h.2.ln_1.weight' is unknown"),
-        (with_tensor("h.2.attn.bias", "F32", 6), "tensor 'h.2.attn.bias' is unknown"),
-        (with_tensor("h.0.crossattention.c_attn.weight", "F32", 6, 12), "tensor 'h.0.crossattention.c_attn.weight' is unknown"),
-        (with_tensor("score.weight", "F32", 2, 6), "tensor 'score.weight' is unknown"),
-        (with_tensor("h.1.attn.c_attn.weight", "F32", 18, 6), "h.1.attn.c_attn.weight has shape (18, 6), expected (6, 18)"),
-        (with_tensor("wpe.weight", "F32", 6, 6), "tensor wpe.weight has shape (6, 6), expected (5, 6)"),
-        (with_tensor("h.0.ln_2.bias", "F32", 6, 1), "tensor h.0.ln_2.bias has shape (6, 1), expected (6,)"),
-        (with_tensor("h.0.ln_2.bias", "F64", 6), "tensor h.0.ln_2.bias is of dtype F64, expected F32, F16, BF16"),
-        (with_tensor("h.1.attn.c_attn.weight", "I8", 6, 18), "tensor h.1.attn.c_attn.weight is of dtype I8"),
+        (without("wte.weight"), "wte.weight ... missing"),
+        (without("ln_f.bias"), "ln_f.bias ... missing"),
+        (without("h.1.mlp.c_proj.weight"), "h.1.mlp.c_proj.weight ... missing"),
+        (with_tensor("h.2.ln_1.weight", "F32", 6), "'h.2.ln_1.weight' ... unknown"),
+        (with_tensor("h.2.attn.bias", "F32", 6), "'h.2.attn.bias' ... unknown"),
+        (with_tensor("h.0.crossattention.c_attn.weight", "F32", 6, 12), "'h.0.crossattention.c_attn.weight' ... unknown"),
+        (with_tensor("score.weight", "F32", 2, 6), "'score.weight' ... unknown"),
+        (with_tensor("h.1.attn.c_attn.weight", "F32", 18, 6), "h.1.attn.c_attn.weight ... (18, 6) ... (6, 18)"),
+        (with_tensor("wpe.weight", "F32", 6, 6), "wpe.weight ... (6, 6) ... (5, 6)"),
+        (with_tensor("h.0.ln_2.bias", "F32", 6, 1), "h.0.ln_2.bias ... (6, 1) ... (6,)"),
+        (with_tensor("h.0.ln_2.bias", "F64", 6), "h.0.ln_2.bias ... F64 ... F32, F16, BF16"),
+        (with_tensor("h.1.attn.c_attn.weight", "I8", 6, 18), "h.1.attn.c_attn.weight ... I8"),
         (with_tensor("lm_head.weight", "F32", 131, 6), "(131, 6)"),
-        (with_tensor("module.lm_head.weight", "I8", 130, 6), "tensor lm_head.weight is of dtype I8"),
-        (without_biases_but("h.1.ln_2.bias"), "tensor h.0.ln_1.bias is missing"),
-        (with_tensor("transformer.wpe.weight", "F32", 5, 6), "tensor wpe.weight occurs twice"),
+        (with_tensor("module.lm_head.weight", "I8", 130, 6), "lm_head.weight ... I8"),
+        (without_biases_but("h.1.ln_2.bias"), "h.0.ln_1.bias ... missing"),
+        (with_tensor("transformer.wpe.weight", "F32", 5, 6), "wpe.weight ... twice"),
     ],
 )
 def test_tensors_that_are_not_gpt2s(
@@ -296,24 +301,24 @@ def test_tensors_that_are_not_gpt2s(
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo', expected 'gpt2'"),
+        ({"model_type": "gpt_neo"}, "model_type ... 'gpt_neo' ... 'gpt2'"),
         ({"model_type": None}, "model_type is None"),
-        ({"layer_norm_epsilon": 0}, "epsilon is 0: it must be a number from 1e-30 to 1 (epsilon is layer_norm_epsilon there)"),
-        ({"activation_function": "mish"}, "activation is 'mish': it must be one of gelu_new, gelu, relu, silu, quick_gelu"),
+        ({"layer_norm_epsilon": 0}, "epsilon is 0: ... 1e-30 to 1 ... layer_norm_epsilon"),
+        ({"activation_function": "mish"}, "'mish' ... gelu_new, gelu, relu, silu, quick_gelu"),
         ({"activation_function": ["gelu_new"]}, "activation is ['gelu_new']"),
-        ({"n_inner": 25}, "tensor h.0.mlp.c_fc.weight has shape (6, 24), expected (6, 25)"),
+        ({"n_inner": 25}, "h.0.mlp.c_fc.weight ... (6, 24) ... (6, 25)"),
         ({"n_inner": 0}, "F is 0"),
-        ({"scale_attn_weights": None}, "scaled is None: it must be True or False (scaled is scale_attn_weights there)"),
+        ({"scale_attn_weights": None}, "scaled is None: ... True or False ... scale_attn_weights"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
-        ({"tie_word_embeddings": False}, "tensor lm_head.weight is missing"),
+        ({"tie_word_embeddings": False}, "lm_head.weight ... missing"),
         ({"n_head": None}, "NH is None"),
         ({"n_head": 4}, "C is 6"),
         ({"n_head": True}, "NH is True"),
-        ({"n_layer": 1}, "tensor 'h.1.attn.bias' is unknown"),
-        ({"n_layer": 3}, "tensor h.2.ln_1.weight is missing"),
-        ({"n_layer": 10**9}, "L is 1000000000: it must be a whole number from 1 to 256"),
-        ({"n_positions": 6}, "wpe.weight has shape (5, 6), expected (6, 6)"),
-        ({"vocab_size": 131}, "wte.weight has shape (130, 6), expected (131, 6)"),
+        ({"n_layer": 1}, "'h.1.attn.bias' ... unknown"),
+        ({"n_layer": 3}, "h.2.ln_1.weight ... missing"),
+        ({"n_layer": 10**9}, "L is 1000000000: ... 1 to 256"),
+        ({"n_positions": 6}, "wpe.weight ... (5, 6) ... (6, 6)"),
+        ({"vocab_size": 131}, "wte.weight ... (130, 6) ... (131, 6)"),
         ({"n_embd": "6"}, "C is '6'"),
     ],
 )
@@ -355,10 +360,10 @@ def test_files_that_are_missing_or_not_models(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("empty").mkdir()
-    refused(capsys, ["empty", "a.bin"], "empty: config.json is missing")
+    refused(capsys, ["empty", "a.bin"], "empty: ", "config.json")
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     Path("model/model.safetensors").rename("model/other.safetensors")
-    refused(capsys, ["model", "a.bin"], "expected model.safetensors or model.safetensors.index.json")
+    refused(capsys, ["model", "a.bin"], "model.safetensors or model.safetensors.index.json")
     Path("model/pytorch_model.bin").write_bytes(b"\x80\x02")
     monkeypatch.setitem(sys.modules, "torch", None)
     refused(capsys, ["model", "a.bin"], "model/pytorch_model.bin: ", "pickle", "model.safetensors", "save_pretrained")
@@ -405,15 +410,15 @@ def test_an_index_cannot_point_elsewhere(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda places: places.pop("wpe.weight"), "'wpe.weight' is in model-00002-of-00002.safetensors, but"),
-        (lambda places: places.update({"h.9.x": "model-00001-of-00002.safetensors"}), "'h.9.x' is not in model-00001-of"),
+        (lambda places: places.pop("wpe.weight"), "'wpe.weight' ... model-00002-of-00002.safetensors"),
+        (lambda places: places.update({"h.9.x": "model-00001-of-00002.safetensors"}), "'h.9.x' ... model-00001-of"),
         (
             lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}),
-            "'wpe.weight' is not in model-00001-of",
+            "'wpe.weight' ... model-00001-of",
         ),
         (lambda places: places.update({"wpe.weight": "model-00003-of-00003.safetensors"}), "model-00003-of-00003.safetensors"),
-        (lambda places: places.update({"wpe.weight": 3}), "no weight_map from tensors to files"),
-        (lambda places: places.clear(), "no weight_map from tensors to files"),
+        (lambda places: places.update({"wpe.weight": 3}), "weight_map"),
+        (lambda places: places.clear(), "weight_map"),
     ],
 )
 def test_an_index_that_is_wrong(
@@ -449,7 +454,7 @@ def test_a_valid_file(tmp_path: Path) -> None:
         assert file.stored("c") == 0x3F80
         assert file.stored("d").shape == (0, 4)
         assert not file.stored("a").flags.writeable
-        with pytest.raises(CheckpointError, match="tensor 'b' is of dtype BOOL, expected F32, F16 or BF16"):
+        with pytest.raises(CheckpointError, match=r"'b'.*BOOL.*F32, F16 or BF16"):
             file.stored("b")
 
 
@@ -473,53 +478,53 @@ SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (b"", "0 bytes, shorter than the length of a header"),
-        (bytes(7), "7 bytes, shorter"),
-        (bytes(8), "its header does not begin with {"),
-        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 4194305 bytes, at most 4194304 are allowed"),
-        (struct.pack("<Q", 2**64 - 1) + b"{}", "header has 18446744073709551615 bytes"),
-        (struct.pack("<Q", 3) + b"{}", "truncated: 10 bytes, but its header alone has 3"),
-        (hf.file_of(b"[]", b""), "does not begin with {"),
-        (hf.file_of(b" {}", b""), "does not begin with {"),
+        (b"", "0 bytes"),
+        (bytes(7), "7 bytes"),
+        (bytes(8), "begin ... {"),
+        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "4194305 bytes ... 4194304"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "18446744073709551615 bytes"),
+        (struct.pack("<Q", 3) + b"{}", "truncated ... 10 bytes ... 3"),
+        (hf.file_of(b"[]", b""), "begin ... {"),
+        (hf.file_of(b" {}", b""), "begin ... {"),
         (hf.file_of(b"{}x", b""), "header is not JSON"),
         (hf.file_of(b'{"\xff": 1}', b""), "header is not JSON"),
         (hf.file_of(b'{"a":' * 100_000, b""), "header is not JSON"),
-        (hf.file_of(b"{}", b"x"), "too long: 11 bytes, expected 10"),
+        (hf.file_of(b"{}", b"x"), "too long ... 11 bytes ... 10"),
         (SOUND[:-1], "truncated: "),
         (SOUND + b"x", "too long: "),
         (replaced('"b"', '"a"'), "'a' is given twice"),
         (replaced('"format"', '"format": "np", "format"'), "'format' is given twice"),
         (replaced('"shape": [5]', '"shape": [5], "shape": [5]'), "'shape' is given twice"),
-        (replaced('{"format": "pt"}', '{"format": 1}'), "__metadata__ is not an object of strings"),
-        (replaced('{"format": "pt"}', '["format"]'), "__metadata__ is not an object of strings"),
-        (replaced('"shape": [5], ', ""), "tensor 'b' must have exactly dtype, shape and data_offsets"),
-        (replaced('"shape": [5]', '"shape": [5], "scale": 2'), "tensor 'b' must have exactly dtype, shape and data_offsets"),
-        (hf.file_of(b'{"a": 1}', b""), "tensor 'a' must have exactly dtype"),
+        (replaced('{"format": "pt"}', '{"format": 1}'), "__metadata__ ... strings"),
+        (replaced('{"format": "pt"}', '["format"]'), "__metadata__ ... strings"),
+        (replaced('"shape": [5], ', ""), "'b' ... dtype, shape and data_offsets"),
+        (replaced('"shape": [5]', '"shape": [5], "scale": 2'), "'b' ... dtype, shape and data_offsets"),
+        (hf.file_of(b'{"a": 1}', b""), "'a' ... dtype"),
         (changed(dtype="F4"), "unknown dtype 'F4'"),
         (changed(dtype=["BOOL"]), "unknown dtype"),
-        (changed(shape=[-5]), "tensor 'b' has a shape that is not a short list"),
-        (changed(shape=[5.0]), "a shape that is not"),
-        (changed(shape=[True, 5]), "a shape that is not"),
-        (changed(shape=5), "a shape that is not"),
-        (changed(shape=[5] + [1] * 8), "a shape that is not"),
-        (changed(shape=[2**62, 2**62]), "a shape that is not"),
-        (changed(shape=[2**32, 2**32]), "tensor 'b' takes 5 bytes, expected 18446744073709551616 for BOOL"),
-        (changed(shape=[4]), "tensor 'b' takes 5 bytes, expected 4"),
-        (changed(dtype="F16"), "tensor 'b' takes 5 bytes, expected 10"),
-        (changed(data_offsets=[24]), "data_offsets that are not two whole numbers"),
-        (changed(data_offsets=[24, 29, 30]), "data_offsets that are not two"),
-        (changed(data_offsets=[-5, 0]), "data_offsets that are not two"),
-        (changed(data_offsets=["24", "29"]), "data_offsets that are not two"),
-        (changed(data_offsets=[29, 24]), "tensor 'b' takes -5 bytes"),
-        (changed(data_offsets=[23, 28]), "begins at 23, expected 24: there is an overlap"),
-        (changed(data_offsets=[25, 30]), "begins at 25, expected 24: there is a hole"),
+        (changed(shape=[-5]), "'b' ... shape"),
+        (changed(shape=[5.0]), "'b' ... shape"),
+        (changed(shape=[True, 5]), "'b' ... shape"),
+        (changed(shape=5), "'b' ... shape"),
+        (changed(shape=[5] + [1] * 8), "'b' ... shape"),
+        (changed(shape=[2**62, 2**62]), "'b' ... shape"),
+        (changed(shape=[2**32, 2**32]), "'b' ... 5 bytes ... 18446744073709551616 ... BOOL"),
+        (changed(shape=[4]), "'b' ... 5 bytes ... 4"),
+        (changed(dtype="F16"), "'b' ... 5 bytes ... 10"),
+        (changed(data_offsets=[24]), "'b' ... data_offsets"),
+        (changed(data_offsets=[24, 29, 30]), "'b' ... data_offsets"),
+        (changed(data_offsets=[-5, 0]), "'b' ... data_offsets"),
+        (changed(data_offsets=["24", "29"]), "'b' ... data_offsets"),
+        (changed(data_offsets=[29, 24]), "'b' ... -5 bytes"),
+        (changed(data_offsets=[23, 28]), "23 ... 24 ... overlap"),
+        (changed(data_offsets=[25, 30]), "25 ... 24 ... hole"),
         (changed(data_offsets=[2**61, 2**61 + 5]), "a hole"),
         (changed(data_offsets=[0, 5]), "an overlap"),
     ],
 )
 def test_a_damaged_file(folder: Path, capsys: pytest.CaptureFixture[str], data: bytes, named: str) -> None:
     Path("x.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=re.escape(named)):
+    with pytest.raises(CheckpointError, match=gist(named)):
         SafetensorsFile("x.safetensors")
     refused(capsys, ["x.safetensors", "a.bin"], "x.safetensors: ", named)
 

@@ -117,8 +117,8 @@ def test_rows_of_json_are_documents(tmp_path: Path) -> None:
     [
         ("{", "line 2 is not JSON"),
         ("[" * 100_000, "line 2 is not JSON"),
-        ("[1]", "it must be an object"),
-        ('{"body": "a", "id": 1}', "'text' is missing; there are 'body', 'id': name the field .* with --field"),
+        ("[1]", r"\[1\].*object"),
+        ('{"body": "a", "id": 1}', "'text' .*'body', 'id'.* --field"),
         ('{"text": 5}', "'text' is 5, not a text"),
         ('{"prompt": "a"}', "'text' is missing"),
         ('{"prompt": "a", "completion": null}', "'completion' is None"),

@@ -195,7 +195,7 @@ def test_patching_a_text_with_itself_changes_no_bit(model: GPT2, name: str) -> N
 
 
 def test_refused_patches(model: GPT2) -> None:
-    with pytest.raises(InputError, match="7 and 6 tokens: patching needs texts of equal length"):
+    with pytest.raises(InputError, match=r"7 and 6 tokens.*equal"):
         patch_activations(model, IDS, OTHERS[1:], Logit(1))
     for name in ("encoded", "probs"):
         with pytest.raises(InputError, match=f"name is '{name}'"):
@@ -225,6 +225,7 @@ def test_gradients_of_residuals_are_those_of_finite_differences(path: str, weigh
         }
         again = engine.residual_gradients(np.array(IDS), logit.gradient(7, config.V))
         assert all(np.array_equal(array, again[name]) for name, array in found.items())
+    assert not Logit(11, 11).gradient(7, 97).any()  # the lead over itself
     known = oracle.forward_activations(weights, config, IDS)
 
     def number(stream: Array, layer: int) -> float:
@@ -304,6 +305,7 @@ def test_features_are_those_of_numpy(tmp_path: Path, model: GPT2, subtract: bool
     expected = np.where(before > w.get("threshold", 0), before, 0)
     found = sae.encode(stream)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert not sae._replace(threshold=found[2]).encode(stream)[2].any()  # a feature must be above its threshold
     best = sae.top(stream[2], 4)
     assert [feature for feature, _ in best] == np.argsort(-expected[2])[:4].tolist()
     np.testing.assert_allclose([value for _, value in best], np.sort(found[2])[:-5:-1], rtol=1e-5)  # NumPy's sums vary
@@ -331,7 +333,7 @@ def test_refused_autoencoders(tmp_path: Path) -> None:
         {"W_enc": np.zeros((0, 0), np.float32)},
     ):
         save_file(tensors | wrong, file)
-        with pytest.raises(CheckpointError, match=r"expected the tensors W_enc \(C, F\)"):
+        with pytest.raises(CheckpointError, match=r"W_enc \(C, F\)"):
             SparseAutoencoder.load(file)
     save_file({name: array for name, array in tensors.items() if name != "b_dec"}, file)
     with pytest.raises(CheckpointError, match="b_dec"):

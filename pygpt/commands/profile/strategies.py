@@ -165,5 +165,5 @@ def compare(path: str, job: Job, threads: int, rounds: int, *, with_serial: bool
     rows = []
     for way in ways:
         described = {"name": way.name, "threads": way.threads, "rounds_a_step": way.rounds_a_step}
-        rows.append(way.row(base, [name for name in job.timed if name in way.times], **described, meetings_a_step=way.barriers))
+        rows.append(way.row(base, [name for name in job.timed if name in way.times], **described, barriers_a_step=way.barriers))
     return {**facts, "same_losses" if training else "same_tokens": same, "same_bits": len(bits) == 1, "ways": rows}

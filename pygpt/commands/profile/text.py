@@ -24,7 +24,7 @@ awake. In "pack", the rows of a large product are rearranged. In "python, pool",
 gathering.
 GFLOP/s and GB/s are a kernel's least work divided by its self time. roof compares them with this machine's nearer ceiling: f \
 for fused multiply-add, d for integer products, r for reading, s for AdamW's traffic. Above 100% of r or s, the data came from \
-a cache.
+a cache. Above 100% of f, the machine was busy when its ceiling was measured.
 imbal is how much longer than the mean the slowest worker of a kernel computes. slow is the worker with the most computing \
 time.
 Serial means that fewer than all workers compute. Amdahl is 1 / (f + (1 - f) / n), with f the serial share of one thread's \
@@ -39,9 +39,9 @@ one round a kernel: fork-join. The pool is woken and gathered for every kernel, 
 one round a step: the pool is woken once, and the workers wait at native barriers between kernels, like ggml's graph threads. \
 The output channels are split statically. Only this split helps for a single token too.
 one round a stage: the same for forward, backward, norm and update. No two workers add to the same sum.
-speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, token- \
-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores reached a \
-speed-up of 22 to 25 with OpenMP and with a tasking runtime."""
+speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
+token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores \
+reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime."""
 
 
 def render(report: Report, *, by_layer: bool = False) -> str:
@@ -238,7 +238,7 @@ def strategies_text(report: Report) -> str:
     heads = ["strategy", "threads", "rounds", "barriers", *["ms", "up", "ciency"] * len(modes), *["speed-up"] * len(stages)]
     rows = []
     for way in found["ways"]:
-        row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "meetings_a_step"))]
+        row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "barriers_a_step"))]
         for mode in modes:
             row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in ("speedup", "efficiency"))]
         rows.append([*row, *(number(way[f"{name}_speedup"]) for name in stages)])

@@ -63,8 +63,8 @@ FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle", "field", "no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """The options that a training state stores besides TrainingOptions. Raises InputError for a value out of its range, and
-    TypeError for a value of a wrong type, which only a training state of another program can contain."""
+    """The options that a training state stores besides TrainingOptions. Raises InputError for a value out of its range.
+    A value of a wrong type, which only another program's state can contain, raises TypeError."""
 
     data: str
     val: str | None = None

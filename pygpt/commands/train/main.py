@@ -31,10 +31,8 @@ from ..._kernels import cpu_info
 from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
 from ...formats.llmc import read_debug_state
-from ...formats.open import set_tokenizer, vocabulary_beside
-from ...formats.vocabulary import write_vocabulary
+from ...formats.open import set_tokenizer, vocabulary_beside, write_beside
 from ...hub.find import find_model
-from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
@@ -332,6 +330,8 @@ class Run:
             self.rescue(error)
             raise
         made = counted(trainer.done)
+        if stop.signal is None and trainer.done == self.begun:
+            made += " were done before: a larger --steps continues the run"
         ended = made if stop.signal is None else f"stopped by {stop.signal.name} after {made}"
         if output is None or not self.saved:
             say(f"{ended}; nothing was saved")
@@ -380,8 +380,7 @@ class Run:
         def write() -> None:
             try:
                 self.trainer.engine.save(path, version=self.job.version)
-                if (config := self.trainer.engine.config).tokenizer is not None:
-                    write_vocabulary(vocabulary_beside(path), tokenizer_of(config).vocabulary())
+                write_beside(path, self.trainer.engine.config)
             except OSError as error:
                 raise PyGPTError(f"{path}: cannot write the model file: {error.strerror or error}") from error
 
