@@ -4,7 +4,7 @@
  *              if one instruction does it
  *   FMA(a,b,c) a * b + c               FUSED       1 if FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemm reads side by side for one row
- *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
+ *   TALL_TILES if nearly all of 32 sums, 8 rows x 4 outputs, fit the registers
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
  * All other code uses the vector types of GCC and clang, without intrinsics. After the include, TABLE(name,
