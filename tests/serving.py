@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ class Live:
         self.engine = server.models[0].engine
 
     def connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("localhost", timeout=60)
+        connection = http.client.HTTPConnection("localhost")
         family = (
             socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         )
         connection.sock = socket.socket(family)
-        connection.sock.settimeout(60)
+        connection.sock.settimeout(300)
         connection.sock.connect(self.address)
         if family != socket.AF_UNIX:
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -103,13 +104,13 @@ class Live:
         return answer.json()["error"]
 
     def metrics(self) -> dict[str, float]:
-        """All samples without labels of models: name, or name{label=value}."""
-        found = {}
+        """All samples, sums over the models: name, or name{label=value}."""
+        found = defaultdict[str, float](float)
         for family in text_string_to_metric_families(self.ask("GET", "/metrics").body.decode()):
             for sample in family.samples:
                 labels = ",".join(f"{k}={v}" for k, v in sample.labels.items() if k != "model_name")
-                found[sample.name.removeprefix("pygpt:") + (f"{{{labels}}}" if labels else "")] = sample.value
-        return found
+                found[sample.name.removeprefix("pygpt:") + (f"{{{labels}}}" if labels else "")] += sample.value
+        return dict(found)
 
 
 @contextmanager

@@ -377,7 +377,7 @@ def draw_load() -> str:
     rows = [(one["clients"], name, one, "") for name, loads in found["load"].items() for one in loads]
     rows.sort(key=lambda row: row[0])
     rows += [(one["clients"], name, one, ", and long prompts") for name, one in found["long"].items()]
-    left, right, wide, rise, top = 230, 520, 230, 24, 34
+    left, right, wide, rise, top = 250, 520, 220, 24, 34
     fastest = max(one["tokens_per_s"] for _, _, one, _ in rows)
     slowest = max(one["itl"][1] for _, _, one, _ in rows)
     lines = [

@@ -249,7 +249,7 @@ class Run:
         """Add the jobs, and send the answer. Raises ApiError before the first byte only. If the client leaves, the jobs end."""
         watching = asyncio.create_task(self._watch(receive))
         try:
-            self.jobs = worker.add(self.call, None if limit_s is None else self._arrival + limit_s, self)
+            worker.add(self.call, self.jobs, None if limit_s is None else self._arrival + limit_s, self)
             await (self._stream(send) if self.call.stream else self._whole(send))
         except InputError as error:
             raise ApiError(str(error), "max_tokens", code="context_length_exceeded") from None

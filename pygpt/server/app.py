@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import h11
@@ -44,6 +45,8 @@ SHORT = 2000  # characters: longer texts are encoded outside the event loop
 OWN = "; ".join(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect"))
 POLICY = f"{OWN}; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADER_S = 20.0  # for a client to send a request's headers
+UNREAD = 64 << 20  # bytes beyond the limit of a body that are read, because many clients send all of it before they listen
+KEEP_S = 75  # for the next request of a connection: longer than proxies keep theirs
 CONNECTIONS = 4096  # at once, if the system allows twice as many open files
 BACKLOG = 2048  # connections that wait in the system
 FULL = encoded(ApiError("the server has too many connections", status=503, code="connections").body)
@@ -179,20 +182,20 @@ class Server:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(f"the Content-Type is {shown(kind)}: send the header Content-Type: application/json", status=415)
-        most, length, body = self.options.body_limit, request.headers.get("content-length", ""), bytearray()
-        too_long = ApiError(f"the body is longer than {most} bytes", status=413, code="body_too_long", Connection="close")
-        if length.isdigit() and int(length[:18]) > most:
-            raise too_long
+        most, length, body = self.options.body_limit, 0, bytearray()
         try:
             async with asyncio.timeout(SLOW_S):
                 async for part in request.stream():
-                    body += part
-                    if len(body) > most:
-                        raise too_long
+                    length += len(part)
+                    if length > most + UNREAD:
+                        break
+                    body += part if length <= most else b""
         except TimeoutError:
             raise ApiError(f"the body did not arrive within {SLOW_S:g} seconds", status=408, Connection="close") from None
         except ClientDisconnect:  # nobody reads this answer
             raise ApiError("the body is not complete", Connection="close") from None
+        if length > most:
+            raise ApiError(f"the body is longer than {most} bytes", status=413, code="body_too_long", Connection="close")
         return read_object(bytes(body), fields, required)
 
     # ---------------- handlers
@@ -396,7 +399,7 @@ class Protocol(H11Protocol):
             self._late.cancel()
 
     def _watch(self) -> None:
-        waits = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
+        waits = self.timeout_keep_alive_task is None and (self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE)
         if waits and self._late is None:
             self._late = self.loop.call_later(HEADER_S, self.transport.close)
         elif not waits and self._late is not None:
@@ -420,12 +423,12 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
     """Return a listening socket: a Unix socket at the path `uds`, else TCP. Raises InputError if the system refuses."""
     try:
         if uds is not None:
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(uds) == errno.ECONNREFUSED:  # a dead server left its socket
+            with socket.socket(socket.AF_UNIX) as probe:  # a dead server left its socket; connecting to a file fails alike
+                if Path(uds).is_socket() and probe.connect_ex(uds) == errno.ECONNREFUSED:
                     os.unlink(uds)
             return socket.create_server(uds, family=socket.AF_UNIX, backlog=BACKLOG)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        made = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on a socket that names its protocol
         return made
     except (OSError, OverflowError) as error:
@@ -461,7 +464,7 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 4 * CONNECTIONS if files == resource.RLIM_INFINITY else files
     Protocol.most = min(CONNECTIONS, files // 2)
-    limits: dict[str, Any] = {"timeout_graceful_shutdown": grace_s, "h11_max_incomplete_event_size": 32768}
+    limits = dict[str, Any](timeout_graceful_shutdown=grace_s, h11_max_incomplete_event_size=32768, timeout_keep_alive=KEEP_S)
     limits["backlog"] = max(1, min(BACKLOG, files // 16))  # accepted at once: several times as many are open meanwhile
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     return _Uvicorn(uvicorn.Config(server, http=Protocol, ws="none", lifespan="on", **quiet, **limits))

@@ -157,17 +157,11 @@ class Worker:
         self._loop = loop
         self.thread.start()
 
-    def add(self, call: Call, deadline: float | None, owner: object) -> list[Job]:
-        """Add the jobs of a call. Raises InputError if one of them can never fit; then none is added."""
-        jobs: list[Job] = []
-        try:
-            for request in call.requests:
-                jobs.append(call.served.engine.add(request, n=call.n, deadline=deadline, owner=owner))
-        except BaseException:
-            self.cancel(call.served, jobs)
-            raise
+    def add(self, call: Call, jobs: list[Job], deadline: float | None, owner: object) -> None:
+        """Add the jobs of a call, to `jobs`, too. Raises InputError if one of them can never fit."""
+        for request in call.requests:
+            jobs.append(call.served.engine.add(request, n=call.n, deadline=deadline, owner=owner))
         self._wake.set()
-        return jobs
 
     def cancel(self, served: Served, jobs: list[Job]) -> None:
         """End jobs, at the latest after the step that runs now."""

@@ -94,7 +94,7 @@ CHAT: Fields = {
 TOKENIZE: Fields = {
     **MODEL,
     **dict.fromkeys(("prompt", "content"), _field("a string", **STRING)),
-    "add_special_tokens": _field("true or false, without effect for GPT-2", **FLAG),
+    **dict.fromkeys(("add_special_tokens", "add_special"), _field("true or false, without effect for GPT-2", **FLAG)),
     **dict.fromkeys(("with_pieces", "return_token_strs"), _field("true or false: whether to return each token's text", **FLAG)),
 }
 DETOKENIZE: Fields = {**MODEL, "tokens": _field("a list of token ids", **_list(ID))}

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from make_checkpoint import make
 
 from pygpt import GPT2, InputError, NumericalError, SerialGPT2
 from pygpt.formats.open import open_weights
 from pygpt.generation.completion import Completion
-from pygpt.generation.engine import FEWEST_ROWS, Engine, Event, Job, _Clock
+from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
 from pygpt.generation.request import Request
 from pygpt.generation.speculate import MIXED_ROWS, MOST, MOST_PATIENCE, PATIENCE, WORTH, Draft, Share, Speculation, Speculator
 from pygpt.network import KVCache, Network
@@ -96,81 +94,6 @@ class Alone:
 @pytest.fixture(scope="module")
 def alone(model: GPT2) -> Alone:
     return Alone(model)
-
-
-prompts = st.lists(st.sampled_from([1, 2]), min_size=0, max_size=15).flatmap(
-    lambda tail: st.sampled_from([[9, 8, 7, 6, 5, 4, 3][: MAXT - 1 - len(tail)] + tail, [*tail, 3]])
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None], alone: Alone, data: st.DataObject) -> None:
-    one = model.network.position_bytes
-    draft = drafts[data.draw(st.sampled_from(sorted(drafts)), label="draft")]
-    least = MAXT * (one if draft is None else one + draft.position_bytes)
-    most = data.draw(st.sampled_from([None, least, 2 * least, 5 * least]), label="cache_bytes")
-    kept = data.draw(st.sampled_from([0, MAXT * one, 9 * MAXT * one]), label="prefix bytes")
-    choices: list[list[int | bool | None]] = [[None], [True], [1, 3], [None, True, 2, 8, 64]]
-    speculations = data.draw(st.sampled_from(choices), label="speculation")
-    engine = Engine(
-        model.network,
-        draft=lambda make: draft,
-        prefix=model.new_prefix_cache(kept),
-        max_live=data.draw(st.integers(1, 6), label="max_live"),
-        cache_bytes=most,
-        target_ms=data.draw(st.sampled_from([None, 0.001, 1000.0]), label="target_ms"),
-    )
-    jobs: list[tuple[Job, Bits]] = []
-    seen: dict[int, list[list[int]]] = {}
-    for _ in range(data.draw(st.integers(1, 40), label="moves")):
-        move = data.draw(st.sampled_from(["add", "step", "step", "step", "cancel"]))
-        if move == "add":
-            prompt, number = data.draw(prompts), data.draw(st.integers(0, len(OPTIONS) - 1))
-            n = data.draw(st.sampled_from([1, 1, 2, 3]))
-            speculation: int | bool | None = data.draw(st.sampled_from(speculations))
-            job = engine.add(request(model, prompt, OPTIONS[number], speculation), n=n)
-            jobs.append((job, alone(prompt, number, n)))
-            seen[id(job)] = [[] for _ in range(n)]
-        elif move == "cancel" and jobs:
-            engine.cancel(data.draw(st.sampled_from(jobs))[0])
-        else:
-            note(seen, engine.step())
-            check_limits(engine, most, kept)
-    while engine.busy:
-        note(seen, engine.step())
-        check_limits(engine, most, kept)
-    assert not engine.step()
-    for job, wanted in jobs:
-        found = bits(job.completions)
-        assert [tokens for tokens, _, _ in found] == seen[id(job)]
-        for (tokens, reason, infos), (its_tokens, its_reason, its_infos) in zip(found, wanted, strict=True):
-            if reason == "cancelled":
-                assert job.cancelled
-                assert (tokens, infos) == (its_tokens[: len(tokens)], its_infos[: len(infos)])
-                assert len(infos) >= len(tokens)
-            else:
-                assert (tokens, reason, infos) == (its_tokens, its_reason, its_infos)
-
-
-def note(seen: dict[int, list[list[int]]], events: list[Event]) -> None:
-    for event in events:
-        assert event.error is None
-        assert not event.job.cancelled  # a cancelled job has no events in later steps
-        if event.token is None:
-            assert (event.job.request.new, event.finish_reason) == (0, "length")
-        else:
-            seen[id(event.job)][event.choice].append(event.token)
-
-
-def check_limits(engine: Engine, most: int | None, kept: int) -> None:
-    assert len(engine._live) <= engine.max_live
-    assert engine.prefix.nbytes <= kept
-    if most is not None:
-        assert engine._reserved() + engine.prefix.nbytes <= most
-    caches = [sequence.memory.cache for sequence in engine._live if sequence.memory]
-    caches += [memory.cache for memory in engine.prefix._idle]
-    assert len({id(cache) for cache in caches}) == len(caches)  # no two sequences share one
 
 
 @pytest.mark.parametrize("name", ["none", "itself", "other weights", "larger", "short", "NaN"])

@@ -130,9 +130,10 @@ def test_an_answer_does_not_wait_for_the_client_s_acknowledgement(at: Live) -> N
     assert min(times[5:]) < 0.03
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_addresses(path: Path, host: str) -> None:
+@pytest.mark.parametrize(("host", "reached"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "::1"), ("::", "127.0.0.1")])
+def test_addresses(path: Path, host: str, reached: str) -> None:
     with live(path, host=host, keys=["k"]) as running:
+        running.address = (reached, running.address[1])
         events = running.ask("POST", "/v1/completions", {**HELLO, "stream": True}, Authorization="Bearer k").events()
         assert events[-1] == "[DONE]"
 
@@ -145,6 +146,10 @@ def test_unix_socket(path: Path, tmp_path: Path) -> None:
         assert running.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
         with pytest.raises(Exception, match="cannot listen at"):
             app.listen("", 0, where)
+    (tmp_path / "notes").write_text("kept")
+    with pytest.raises(Exception, match="cannot listen at"):
+        app.listen("", 0, str(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "kept"
 
 
 # ------------------------------------------------------------------------------------------------ the other answers
@@ -356,7 +361,7 @@ def test_a_call_of_which_one_prompt_can_never_fit_leaves_no_job(path: Path, monk
 
 
 def test_the_time_limit_of_requests(path: Path, slow: None) -> None:
-    with live(path, request_timeout=0.6) as running:
+    with live(path, request_timeout=1.5) as running:
         assert running.refused(504, {"prompt": "a", "max_tokens": 90, "ignore_eos": True})["code"] == "timeout"
         fields = {"prompt": "a", "max_tokens": 90, "ignore_eos": True, "stream": True}
         events = running.ask("POST", "/v1/completions", fields).events()
@@ -389,6 +394,8 @@ def test_bodies(at: Live) -> None:
         b'{"prompt": 1' + b"0" * 4500 + b"}",
     ):
         assert post(bad) == 400
+    for _ in range(5):  # the client sends all of it before it listens
+        assert at.ask("POST", "/tokenize", b" " * (6 << 20), Connection="close", **KEY).status == 413
     connection = at.connect()  # a body of unknown length
     headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked", **KEY}
     connection.request("POST", "/tokenize", iter([b"{", b" " * 6000, b"}"]), headers, encode_chunked=True)
@@ -402,8 +409,9 @@ def test_bodies(at: Live) -> None:
         b"",
         b"GET /health HTTP/1.1\r\nX: ",
         b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+        b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 99\r\n\r\n",
     ],
-    ids=["nothing", "headers", "body"],
+    ids=["nothing", "headers", "body", "after an answer"],
 )
 def test_slow_clients(path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(app, "HEADER_S", 0.3)
@@ -412,6 +420,9 @@ def test_slow_clients(path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) 
         connection = running.connect()
         began = time.monotonic()
         connection.sock.sendall(sent)
+        if b"text/plain" in sent:
+            assert connection.sock.recv(4096)[:12] == b"HTTP/1.1 415"
+            connection.sock.sendall(b"{")
         answer = b"".join(iter(lambda: connection.sock.recv(4096), b""))
         connection.close()
         assert time.monotonic() - began < 10

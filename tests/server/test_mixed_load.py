@@ -2,7 +2,7 @@
 
     python -m pytest -m slow --seconds 3600 tests/server/test_mixed_load.py
 
-The server is a process with two models. Threads send completions, whole and streamed, with and without speculation. They leave
+The server is a process with four models. Threads send completions, whole and streamed, with and without speculation. They leave
 before or in the middle of an answer, send bad requests, and ask for everything else. Meanwhile the resident memory, descriptors
 and threads of the server stay constant.
 """
@@ -11,17 +11,22 @@ import json
 import random
 import resource
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from budget import Budget
+from jobs import Jobs
+from running import PYGPT, environment
 from serving import Live, ServerProcess, bare, joined, live, tiny, wait_for
+
+import pygpt
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
@@ -32,34 +37,43 @@ SLACK = {
     "descriptors": 2 * CLIENTS,
     "threads": 34,
 }  # arenas; connections at their ends; asyncio's own threads
-MODELS = ("one", "two")
+PACKAGED = Path(pygpt.__file__).with_name("data") / "shakespeare.bin"
+MODELS = ("one", "two", "shakespeare", "packed")  # random, random, the package's in float32 and in q8_0
 
 
 def cases() -> list[dict[str, Any]]:
-    """The requests: two models, all kinds of prompts and options, shared beginnings, and a seed where the answer needs one."""
+    """The requests: all models, all kinds of prompts and options, shared beginnings, and a seed where the answer needs one."""
     draw, found = random.Random(3), []
-    for number in range(60):
-        prompt: Any = ["Hello", "Hello world, hello", "Once upon a time", [15496, 995], "\u00e9 \N{GRINNING FACE}"][number % 5]
+    shared = [draw.randrange(50257) for _ in range(40)]
+    for number in range(80):
+        text = ["Hello", "Hello world, hello", "Once upon a time", [15496, 995], "\u00e9 \N{GRINNING FACE}"]
+        prompt: Any = text[(number + number // 10) % 5]
         if number % 7 == 3:
-            prompt = [draw.randrange(50257) for _ in range(draw.randrange(1, 60))]
+            prompt = [*shared[: draw.randrange(41)], *(draw.randrange(50257) for _ in range(draw.randrange(1, 20)))]
         several = [prompt, "Hello"] if isinstance(prompt, str) else prompt
         options: list[dict[str, Any]] = [
             {}, {"temperature": 0}, {"logprobs": 3}, {"n": 3}, {"echo": True, "logprobs": 1}, {"sampler": "median"},
             {"top_k": 5}, {"prompt": several}, {"stop": ["e", " t"]}, {"repetition_penalty": 1.3},
         ]  # fmt: skip
-        fields = {"prompt": prompt, "model": MODELS[number % 2], "max_tokens": draw.randrange(1, 30), "ignore_eos": True}
+        fields = {"prompt": prompt, "model": MODELS[number // 10 % 4], "max_tokens": draw.randrange(1, 30), "ignore_eos": True}
         seed = {} if number % 10 == 5 else {"seed": number % 4}
         found.append({**fields, **seed, **options[number % 10]})
     return found
 
 
 CASES = cases()
+BAD: list[tuple[int, Any]] = [
+    (400, {"prompt": [60000]}), (400, {"prompt": "a", "n": 0}), (400, {"prompt": "a" * 9000}), (400, {"prompt": "a", "x": 1}),
+    (400, {"prompt": ""}), (400, {"prompt": "a", "stop": 1}), (400, b"{"), (404, {"prompt": "a", "model": "none"}),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("load")
-    return [tiny(folder, name, seed=seed) for seed, name in enumerate(MODELS)]
+    packed = folder / f"{MODELS[3]}.gguf"
+    subprocess.run([*PYGPT, "quantize", PACKAGED, packed], check=True, capture_output=True, env=environment())
+    return [*(tiny(folder, name, seed=seed) for seed, name in enumerate(MODELS[:2])), PACKAGED, packed]
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +83,15 @@ def answers(paths: list[Path]) -> list[Any]:
         return [bare(alone.complete(**fields)) for fields in CASES]
 
 
-class Load:
-    """What clients do. `wrong` collects failures, `done` counts."""
+class Load(Jobs):
+    """What clients do."""
 
     def __init__(self, at: Live, answers: list[Any]) -> None:
+        super().__init__()
         self.at, self.answers = at, answers
-        self.wrong, self.done = list[str](), Counter[str]()
-        self.jobs: list[Callable[[random.Random], None]] = [
+        self.jobs = [
             self.whole, self.whole, self.stream, self.stream, self.leave_a_stream, self.leave, self.refused, self.other,
         ]  # fmt: skip
-
-    def check(self, name: str, right: object, *detail: object) -> None:
-        self.done[name] += 1
-        if not right:
-            self.wrong.append(f"{name}: {detail}"[:500])
 
     def pick(self, rng: random.Random) -> tuple[dict[str, Any], Any]:
         number = rng.randrange(len(CASES))
@@ -91,16 +100,15 @@ class Load:
 
     def whole(self, rng: random.Random) -> None:
         fields, wanted = self.pick(rng)
-        self.check("whole", bare(self.at.complete(**fields)) == wanted, fields)
+        self.check(bare(self.at.complete(**fields)) == wanted, fields)
 
     def stream(self, rng: random.Random) -> None:
         fields, wanted = self.pick(rng)
-        self.check("stream", joined(self.at.stream(**fields)) == wanted["choices"], fields)
+        self.check(joined(self.at.stream(**fields)) == wanted["choices"], fields)
 
     def leave_a_stream(self, rng: random.Random) -> None:
         """Read a few events of a stream, and close the connection."""
         fields, wanted = self.pick(rng)
-        texts = Counter[int]()
         connection = self.at.connect()
         try:
             body = json.dumps({**fields, "stream": True}).encode()
@@ -115,7 +123,7 @@ class Load:
         finally:
             connection.close()
         pairs = zip(found, wanted["choices"], strict=True)
-        self.check("leave_a_stream", all(choice["text"].startswith(text) for text, choice in pairs), fields, texts)
+        self.check(all(choice["text"].startswith(text) for text, choice in pairs), fields)
 
     def leave(self, rng: random.Random) -> None:
         """Send a request, or a part of it, and close the connection soon."""
@@ -128,41 +136,29 @@ class Load:
         connection.sock.sendall(sent if rng.random() < 0.7 else sent[: rng.randrange(len(sent))])
         time.sleep(rng.random() * 0.05)
         connection.close()
-        self.check("leave", True)
+        self.check(True)
 
     def refused(self, rng: random.Random) -> None:
-        bad: dict[str, Any] = rng.choice(
-            [{"prompt": [60000]}, {"prompt": "a", "n": 0}, {"prompt": "a" * 9000}, {"prompt": "a", "x": 1}]
-        )
+        status, bad = rng.choice(BAD)
         answer = self.at.ask("POST", "/v1/completions", bad)
-        self.check("refused", answer.status == 400 and answer.json()["error"]["message"], bad)
+        self.check(answer.status == status and answer.json()["error"]["message"], status, answer.status)
 
     def other(self, rng: random.Random) -> None:
         for path in ("/metrics", "/health", "/v1/models", "/", "/openapi.json", "/tokenizer_info"):
-            self.check("other", self.at.ask("GET", path).status == 200, path)
-        self.check("other", self.at.ask("POST", "/detokenize", {"tokens": [15496, 995]}).json()["content"] == "Hello world")
+            self.check(self.at.ask("GET", path).status == 200, path)
+        self.check(self.at.ask("POST", "/detokenize", {"tokens": [15496, 995]}).json()["content"] == "Hello world")
 
-    def work(self, seed: float, over: threading.Event) -> None:
-        """A client: one job after another, at least one of each."""
-        rng = random.Random(seed)
-        waiting = rng.sample(self.jobs, len(self.jobs))
-        while waiting or not over.is_set():
-            job = waiting.pop() if waiting else rng.choice(self.jobs)
-            try:
-                job(rng)
-            except Exception as error:
-                self.wrong.append(f"{job.__name__}: {error!r}"[:500])
+
+def most(samples: list[dict[str, int]]) -> dict[str, int]:
+    """Return the most of each resource."""
+    return {name: max(one[name] for one in samples) for name in SLACK}
 
 
 def leaks(samples: list[dict[str, int]]) -> list[str]:
-    """Return the resources of which the last third of a run uses more than the second third. The beginning does not count."""
-    third = len(samples) // 3
-    found = []
-    for name, slack in SLACK.items():
-        before, after = (max(one[name] for one in part) for part in (samples[third : 2 * third], samples[2 * third :]))
-        if after > before + slack:
-            found.append(f"{name}: {before}, later {after}")
-    return found
+    """Return the resources of which the last quarter of a run uses more than the first."""
+    quarter = len(samples) // 4
+    before, after = most(samples[:quarter]), most(samples[-quarter:])
+    return [f"{name}: {before[name]}, later {after[name]}" for name in SLACK if after[name] > before[name] + SLACK[name]]
 
 
 def serving(paths: list[Path], *arguments: str) -> ServerProcess:
@@ -189,13 +185,15 @@ def test_everything_at_once(budget: Budget, paths: list[Path], answers: list[Any
         samples.append(process.resources())
     over.set()
     for client in clients:
-        client.join(60)
+        client.join(300)
     assert not any(client.is_alive() for client in clients)
     assert load.wrong + (leaks(samples) if budget.long else []) == []
     assert load.done.keys() >= {job.__name__ for job in load.jobs}
     wait_for(lambda: quiet(process.at))
     found = process.at.metrics()
-    print(dict(load.done), samples[len(samples) // 3], samples[-1], {k: v for k, v in found.items() if "bucket" not in k})
+    quarter = max(len(samples) // 4, 1)
+    print(dict(load.done), most(samples[:quarter]), most(samples[-quarter:]), samples[0], samples[-1])
+    print({name: value for name, value in found.items() if "bucket" not in name})
     assert found["spec_decode_num_accepted_tokens_total"] > 0
     assert found["prefix_cache_hits_total"] > 0
     assert found["http_requests_client_disconnected_total"] > 0
@@ -212,7 +210,7 @@ def test_a_wrong_byte_and_a_leak_are_found(paths: list[Path], answers: list[Any]
             assert load.wrong, job
     steady = {"bytes": 1 << 28, "descriptors": 10, "threads": 5}
     assert leaks([steady] * 30) == []
-    assert len(leaks([steady] * 20 + [{name: 2 * value + 100 for name, value in steady.items()}] * 10)) == 3
+    assert len(leaks([steady] * 30 + [{name: 2 * value + 100 for name, value in steady.items()}] * 10)) == 3
 
 
 @pytest.mark.slow

@@ -385,7 +385,7 @@ def test_their_names(model: GPT2, weights: dict[str, Array]) -> None:
         np.testing.assert_allclose(found[f"hidden_states.{layer}"], streams[layer], atol=ROUNDING)
     for name in ("ln_final.hook_normalized", "hidden_states.3"):
         np.testing.assert_allclose(found[name], known["lnf"], atol=ROUNDING)
-    assert list(named_activations(model, IDS, ["ln_final.hook_normalized"])) == ["ln_final.hook_normalized"]
+    assert list(named_activations(model, IDS, "ln_final.hook_normalized")) == ["ln_final.hook_normalized"]
     for name in ("hook_embed", "blocks.0.ln1.hook_scale", "blocks.3.hook_resid_post", "hidden_states.4"):
         with pytest.raises(InputError, match=f"activation '{name}' has no equal"):
             named_activations(model, IDS, [name])

@@ -165,8 +165,9 @@ async def ask(options: argparse.Namespace, body: dict[str, Any]) -> tuple[str, l
                 found = json.loads(line[6:])
                 if "error" in found:
                     return None
-                times.append(time.perf_counter())
-                text += found["choices"][0]["text"]
+                if piece := found["choices"][0]["text"]:  # some servers send an empty one at the end
+                    times.append(time.perf_counter())
+                    text += piece
     except (OSError, ValueError):
         return None
     finally:
