@@ -174,15 +174,15 @@ class _Encoding:
         self.normalizers = _normalizers(vocabulary.get("normalizer"))
         vocab: dict[str, int] = model["vocab"]
         # As in tokenizers, the id in `vocab` counts.
-        added = [{**token, "id": vocab.get(token["content"], token["id"])} for token in vocabulary.get("added_tokens") or []]
+        added = [{**each, "id": vocab.get(each["content"], each["id"])} for each in vocabulary.get("added_tokens") or []]
         most = max([*vocab.values(), *(token["id"] for token in added)])
         if not all(type(i) is int and 0 <= i <= 1 << 20 for i in (*vocab.values(), *(token["id"] for token in added))):
             raise InputError("the vocabulary has ids that are not whole numbers from 0 to 1048576")
         self.bytes = [f"<|{token}|>".encode() for token in range(most + 1)]
         for spelled, i in vocab.items():
             self.bytes[i] = _unspelled(spelled)
-        for token in added:
-            self.bytes[token["id"]] = token["content"].encode()
+        for each in added:
+            self.bytes[each["id"]] = each["content"].encode()
         self._rules = {token["content"]: token for token in sorted(added, key=lambda token: -len(token["content"]))}
         self.eot = next((self._rules[end]["id"] for end in ENDS if end in self._rules), None)
         self._unknown = vocab[model["unk_token"]] if model.get("unk_token") in vocab else None

@@ -21,6 +21,8 @@ class Budget:
         while number == 0 or time.monotonic() < end:
             yield number
             number += 1
+        if self.long:
+            print(f"\n{number} rounds in {self.seconds:.0f} seconds")
 
     def some(self, cases: Sequence[T], few: int = 2) -> Sequence[T]:
         """Return all cases, or a few in their order."""

@@ -268,7 +268,7 @@ class Chat:
                 write(decoder.finish() + "\n")
             except (ChildError, InputError) as error:
                 write("\n" if len(times) > 1 else "")  # so that the message begins a line
-                raise ChildError(str(error)) from None
+                raise (error if isinstance(error, ChildError) else ChildError(str(error))) from None
         stats = self._command.show_notices(others=True) or ""
         if self._settings.switches["stats"]:
             say(speed(times) + "".join(stats.partition("; ")[1:]))  # with the child's count of guesses
@@ -418,17 +418,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def model_config(model: str | None, tokenizer: str | None, *, text_only: bool) -> Config:
-    """Return the model's config. Raises CheckpointError if the model cannot be opened."""
-    with open_model(find_model(model)[0], tokenizer=tokenizer) as checkpoint:
-        return of_text_only(checkpoint).config if text_only else checkpoint.config
-
-
 def run(options: argparse.Namespace) -> int:
     """Complete the text in the arguments or on stdin; if stdin is a terminal, converse. Return the exit status."""
     if options.words and not any(options.words):
         raise InputError("the text is empty: give at least one character")
-    settings = Settings(options, model_config(options.model, options.tokenizer, text_only=options.text_only))
+    with open_model(find_model(options.model)[0], tokenizer=options.tokenizer) as checkpoint:
+        settings = Settings(options, (of_text_only(checkpoint) if options.text_only else checkpoint).config)
     with Command(passed_on(options)) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if not options.words and sys.stdin.isatty():

@@ -13,7 +13,7 @@ from subprocess import PIPE
 from types import FrameType
 from typing import Any, Self
 
-from ..errors import PyGPTError
+from ..errors import CheckpointError, PyGPTError
 
 NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # prefixes of the child's lines on stderr
 LONGEST_ID = 7  # digits: a vocabulary has at most 2^20 ids
@@ -22,6 +22,10 @@ INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: from the runn
 
 class ChildError(PyGPTError):
     """The child process failed. The message is the child's error line, if it wrote one."""
+
+
+class RefusedError(ChildError, CheckpointError):
+    """The child refused an option, a model or a request."""
 
 
 class Command:
@@ -136,7 +140,7 @@ class Command:
             if last and not last.startswith(NOTICE):
                 reason += f": {last.strip()}"
         self.show_notices()
-        return ChildError(reason)
+        return (RefusedError if status == 2 else ChildError)(reason)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

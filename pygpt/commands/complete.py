@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     serving = options.tokens == ["-"]
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
-        raise InputError("the list of token ids is empty: give one, as in `python -m pygpt 31373 612`, or - to read stdin")
+        raise InputError("the list of token ids is empty: give at least one, as in `pygpt 31373 612`, or - to read stdin")
     defaults = read_options(options)
     from ..generation.request import Request
 

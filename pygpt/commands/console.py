@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 
-from ..errors import CheckpointError, InputError, PyGPTError, near
+from ..errors import CheckpointError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,9 +109,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """Raise InputError with a one-line message. status_of() turns it into exit status 2."""
-        start, _, words = message.partition("unrecognized arguments: ")
-        hint = "" if start else near(words.split()[0].partition("=")[0], self._option_string_actions)
-        way = hint if hint.startswith("did") else "see --help"
+        from difflib import get_close_matches
+
+        word = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        alike = " or ".join(get_close_matches(word, self._option_string_actions))
+        way = f"did you mean {alike}?" if alike else "see --help"
         raise InputError(f"{message[:200]}; {way}")  # argparse's message may repeat the whole command line
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":

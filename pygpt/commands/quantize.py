@@ -40,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pygpt quantize", usage="pygpt quantize [options] SRC DST", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
-    parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
-    parser.add_argument("--head", metavar="NAME", help="the format of the head (default: --format, but q8_0 for q4_0)")
+    parser.add_argument("--format", metavar="NAME", type=str.lower, default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
+    parser.add_argument("--head", metavar="NAME", type=str.lower, help="the head's format (default: --format; q8_0 for q4_0)")
     return parser
 
 

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     check_speculation(speculation)
     keys = options.api_key + ([] if options.api_key_file is None else _keys(options.api_key_file))
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
-        raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")
+        raise InputError("an API key (--api-key, --api-key-file) is empty, or has outer spaces or non-ASCII characters")
     try:
         from ..server.app import Options, Server, listen
         from ..server.app import run as serve

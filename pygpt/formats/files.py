@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MODEL_KIND = "model file"  # the name of such files in messages
 HEADER_BYTES = 1024  # of llm.c's files: int32[256]
+GGUF_MAGIC = b"GGUF"
 ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before version 1.6:
 PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
@@ -129,6 +130,17 @@ def small_file(path: str, kind: str, refusal: type[PyGPTError], limit: int) -> b
             raise refusal(f"{path}: longer than {limit} bytes: too long for a {kind}")
 
     return bytes(map_file(path, kind, refusal, check)).removeprefix(codecs.BOM_UTF8)
+
+
+def begins_with(path: str, start: bytes) -> bool:
+    """Return whether this is a file with these first bytes."""
+    if not os.path.isfile(path):  # opening a FIFO would block
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(start)) == start
+    except OSError:  # the reader of the file says why
+        return False
 
 
 def is_pickle(path: str) -> bool:

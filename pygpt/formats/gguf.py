@@ -229,11 +229,11 @@ class GGUFFile(ModelFile):
     def _read_config(self) -> Config:
         """Return the dimensions, from the keys and the token embedding. Refuse settings that pygpt does not compute."""
         values = self._values
+        if values.get("split.count", 1) not in (0, 1):  # first: only the first part names its architecture
+            raise self._bad(f"it is one of {shown(values['split.count'])} parts of a model: merge them with llama-gguf-split")
         architecture = values.get("general.architecture")
         if architecture != "gpt2":
             raise self._bad(f"general.architecture is {shown(architecture)}, expected 'gpt2'")
-        if values.get("split.count", 1) not in (0, 1):
-            raise self._bad(f"it is one of {shown(values['split.count'])} parts of a model: merge them with llama-gguf-split")
         found = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
         epsilon = values.get("gpt2.attention.layer_norm_epsilon")
         if not isinstance(epsilon, float):

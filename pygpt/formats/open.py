@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import Checkpoint
 from .dtypes import ModelFile, layout
-from .files import is_pickle
+from .files import GGUF_MAGIC, begins_with, is_pickle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ..tokenizer import Tokenizer
     from .dtypes import Blocks, Format
-
-GGUF_MAGIC = b"GGUF"
 
 
 def open_model(
@@ -50,11 +48,11 @@ def open_model(
         from .panels import PanelFile
 
         model = PanelFile(path, mmap=mmap)
-    elif path.endswith(".gguf") or _begins_with(path, GGUF_MAGIC):
+    elif path.endswith(".gguf") or begins_with(path, GGUF_MAGIC):
         from .gguf import GGUFFile
 
         model = GGUFFile(path, mmap=mmap, threads=threads)
-    elif path.endswith(".json") and _begins_with(path, b"{"):
+    elif path.endswith(".json") and begins_with(path, b"{"):
         raise CheckpointError(f"{path}: JSON, not a model file: give the model's folder, or the file of its tensors")
     else:
         model = Checkpoint(path, mmap=mmap)
@@ -181,16 +179,6 @@ def _is_hugging_face(path: str) -> bool:
 
     with SafetensorsFile(path) as file:
         return file.metadata.get("format") != FILE_FORMAT
-
-
-def _begins_with(path: str, start: bytes) -> bool:
-    if not os.path.isfile(path):  # opening a FIFO would block
-        return False
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(start)) == start
-    except OSError:  # the reader of the file says why
-        return False
 
 
 def blocks_of(model: ModelFile, name: str, kind: "Format") -> "Iterator[Blocks]":

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DataError, InputError
 from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
-from .files import atomic_file, small_file
+from .files import GGUF_MAGIC, atomic_file, begins_with, small_file
 from .safetensors import parse_object
 
 FILE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
@@ -43,7 +43,7 @@ def read_vocabulary(path: str) -> dict[str, Any]:
     """Read a vocabulary of any form. Raises InputError."""
     if os.path.isdir(path):
         path = next((name for name in (os.path.join(path, FILE), os.path.join(path, VOCAB)) if os.path.isfile(name)), path)
-    if path.endswith(".gguf"):
+    if path.endswith(".gguf") or begins_with(path, GGUF_MAGIC):
         from .gguf import GGUFFile
 
         with GGUFFile(path) as model:
@@ -142,7 +142,7 @@ def trained_on(text: Iterable[str], size: int) -> dict[str, Any]:
 def write_vocabulary(path: str, vocabulary: dict[str, Any]) -> None:
     """Write a tokenizer.json atomically. Raises OSError."""
     with atomic_file(path) as file:
-        file.write(json.dumps(vocabulary, ensure_ascii=False, indent=1).encode())
+        file.write(json.dumps(vocabulary, indent=1).encode())
 
 
 def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
@@ -155,5 +155,5 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     objects = {FILE: found, "tokenizer_config.json": settings, "special_tokens_map.json": special, VOCAB: vocab}
-    files = {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in objects.items()}
-    return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode()}
+    files = {name: json.dumps(value, indent=1).encode() for name, value in objects.items()}
+    return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")}

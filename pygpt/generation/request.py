@@ -143,6 +143,7 @@ class Request:
         """Return the total number of tokens, unless a stop ends the completion earlier."""
         count, maxT = len(self.tokens), self.config.maxT
         longest = maxT if self.overflow is None else UNBOUNDED
+        most = f"the model's {maxT}" if longest == maxT else str(longest)
         if total is not None and max_new_tokens is not None:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
         if self.prompt_logprobs and max_new_tokens == 0:
@@ -151,10 +152,8 @@ class Request:
             way = "give fewer, or let the window slide (overflow slide)"
             raise InputError(f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: {way}")
         if max_new_tokens is not None:
-            because = f" and the model takes {maxT}" if longest == maxT else ""
-            rule = f" from 1 to {longest - count}, because {count} tokens were given{because}"
+            rule = f" from 1 to {longest - count}, because the prompt takes {count} of {most} tokens"
             total = count + check_whole("max_new_tokens", max_new_tokens, 1, longest - count, rule)
-        most = f"the model's {maxT}" if longest == maxT else str(longest)
         rule = f" from 2 to {most}; it counts the given tokens, too"
         total = check_whole("total", min(DEFAULT_TOTAL, longest) if total is None else total, 2, longest, rule)
         if count >= total:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..activations import Edit, add, zero
-from ..errors import CheckpointError, InputError, check_number, check_whole, listed, near, shown
+from ..errors import CheckpointError, InputError, check_number, check_whole, near, shown
 from ..formats.files import atomic_file
 from ..formats.safetensors import SafetensorsFile, write_safetensors
 from ..generation.logprobs import score, token_info
@@ -246,7 +246,7 @@ def named_activations(model: GPT2, tokens: Tokens, names: str | Iterable[str]) -
 
     hook_q, hook_k, hook_v and hook_z are (T, NH, HS). Raises InputError for a name without an equal."""
     ids, known = check_tokens(model.config, tokens), their_names(model.config.L)
-    names = [names] if isinstance(names, str) else listed("names", names)
+    names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"activation {shown(unknown[0])} has no equal: {near(unknown[0], known)}")
     layers = sorted({layer for name in names if (layer := known[name][1]) is not None})

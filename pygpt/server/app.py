@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import h11
@@ -422,8 +423,8 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
     """Return a listening socket: a Unix socket at the path `uds`, else TCP. Raises InputError if the system refuses."""
     try:
         if uds is not None:
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(uds) == errno.ECONNREFUSED:  # a dead server left its socket
+            with socket.socket(socket.AF_UNIX) as probe:  # a dead server left its socket; connecting to a file fails alike
+                if Path(uds).is_socket() and probe.connect_ex(uds) == errno.ECONNREFUSED:
                     os.unlink(uds)
             return socket.create_server(uds, family=socket.AF_UNIX, backlog=BACKLOG)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -20,6 +20,7 @@ import mpi4py
 mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # _begin() initializes MPI
 from mpi4py import MPI  # noqa: E402
 
+from ..errors import InputError  # noqa: E402
 from .parallel import TIMEOUT_S, Messages, Ranks, T  # noqa: E402
 
 STUCK = 75  # the exit status if a message does not come in time: EX_TEMPFAIL, "try again later"
@@ -31,6 +32,9 @@ class MPIRanks(Ranks):
 
     def __init__(self, timeout: float = TIMEOUT_S) -> None:
         _begin(timeout)
+        if MPI.COMM_WORLD.size == 1:  # open_ranks() saw a launcher of several
+            way = "use its launcher, or set MPI4PY_MPIABI to the launcher's MPI (mpich or openmpi)"
+            raise InputError(f"several ranks were started, but {MPI.get_vendor()[0]} finds only this one: {way}")
         self._arrays, self._objects = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.size, self.rank = self._arrays.size, self._arrays.rank
         self.timeout, self.seconds = timeout, 0.0

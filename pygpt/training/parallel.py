@@ -128,7 +128,7 @@ class SharedStep:
 
     def __init__(self, engine: TrainableGPT2 | SerialTrainableGPT2, ranks: Ranks, parts: int) -> None:
         if parts % ranks.size:
-            text = f"parts is {parts}: {ranks.size} ranks must divide it; give a multiple, or start fewer"
+            text = f"parts (--parts) is {parts}: {ranks.size} ranks must divide it; give a multiple, or start fewer"
             raise ranks.common(InputError(text))
         if ranks.size > 1 and not isinstance(engine, TrainableGPT2):
             raise ranks.common(InputError("the serial reference trains on one rank: leave out --reference, or start one rank"))

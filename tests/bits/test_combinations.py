@@ -9,7 +9,7 @@ options contradict each other, one line refuses them.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from budget import Budget
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from serving import Answer, joined, live
 from targets import blocks_by_layer, weights
@@ -40,6 +40,7 @@ from pygpt.server.schema import COMPLETION
 from pygpt.tokenizer import tokenizer_of
 
 Options = dict[str, Any]
+Case = Callable[[st.DataObject, Path], None]
 Bits = list[tuple[list[int], str | None, list[TokenInfo], list[TokenInfo]]]
 PROMPTS = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=25), min_size=1, max_size=3)
 LETTERS = "ab \n\u00e9"  # of the vocabulary: 7 ids, two of them bytes of one character
@@ -67,7 +68,8 @@ CONTROLS: list[Options] = [
     {"suppress_tokens": list(range(7)), "logit_bias": {7: -3.0}},
 ]  # fmt: skip
 STOPS: list[Options] = [
-    {}, {}, {"stop_token_ids": [1, 3]}, {"stop_strings": "ab"}, {"stop_strings": ["\n", "\u00e9"]}, {"stop_at_eot": True},
+    {}, {}, {"stop_token_ids": [1, 3]}, {"stop_strings": "ab"}, {"stop_strings": ["\n", "\u00e9", "\ufffd"]},
+    {"stop_at_eot": True},
 ]  # fmt: skip
 OVERFLOWS: list[Options] = [
     {},
@@ -124,13 +126,16 @@ def world(data: st.DataObject, folder: Path) -> World:
         ways.append(kind.name)
     if not varied and kind == head == BFLOAT16:  # its positions and vectors are bfloat16, too
         ways = ["version 5"]
-    way, draft = one_of(data, ways, "file"), one_of(data, (None, "lookup", "q8_0", "q4_0", "itself", "other"), "draft")
+    way, draft = one_of(data, ways, "file"), one_of(data, (None, "lookup", "q8_0", "q4_0", "itself", "other", "NaN"), "draft")
     plain = written(folder, ways[0], config, kind, head)
     set_tokenizer(config, vocabulary_beside(str(plain)))
     other = plain if way == ways[0] else written(folder, way, config, kind, head)
     options = {"weights": way} if way in ("q8_0", "q4_0") else {}
-    if draft == "other":
+    if draft in ("other", "NaN"):
+        nan = draft == "NaN"
         draft = written(folder, "version 3", Config(maxT=max(maxT - 3, 1), V=V, L=1, NH=1, C=6), FLOAT32, FLOAT32, "draft")
+        if nan:
+            np.memmap(draft, "<f4", "r+", offset=1024)[-6:] = np.nan  # the last bias
     return World(config, plain, other, {**options, "draft": plain if draft == "itself" else draft})
 
 
@@ -217,7 +222,7 @@ def alone(model: GPT2, request: Request, edits: Any, seeds: list[int | None]) ->
 
 
 def requests_in_an_engine(data: st.DataObject, folder: Path) -> None:
-    """Requests join an engine while others run. Their tokens, reasons and log-probabilities are those of the plain path."""
+    """Requests join an engine while others run, and some leave. Tokens, reasons and scores are those of the plain path."""
     made, prompts = world(data, folder), data.draw(PROMPTS)
     jobs: list[tuple[Job, Any]] = []
     with (
@@ -226,14 +231,21 @@ def requests_in_an_engine(data: st.DataObject, folder: Path) -> None:
         opened(data, made) as model,
     ):
         patch.setattr(Network, "chunk", one_of(data, (256, 1, 2, 5), "chunk"))
-        one = model.network.position_bytes * made.config.maxT
-        engine = model.engine(
-            prefix=model.new_prefix_cache(one_of(data, (0, one, 4 * one), "prefix bytes")),
-            max_live=data.draw(st.integers(1, 6)),
-            cache_bytes=one_of(data, (None, 3 * one), "cache bytes"),
-            target_ms=one_of(data, (None, 0.001), "target ms"),
-        )
-        for _ in range(data.draw(st.integers(1, 5))):
+        own = model.draft(False)
+        one = (model.network.position_bytes + (own.position_bytes if own else 0)) * made.config.maxT
+        kept, most = one_of(data, (0, one, 9 * one), "prefix bytes"), one_of(data, (None, one, 3 * one), "cache bytes")
+        limits = {"max_live": data.draw(st.integers(1, 6)), "target_ms": one_of(data, (None, 0.001, 1000.0), "target ms")}
+        engine = model.engine(prefix=model.new_prefix_cache(kept), cache_bytes=most, **limits)
+
+        def step() -> None:
+            assert not any(event.job.cancelled for event in engine.step())  # a cancelled job has no events in later steps
+            assert len(engine._live) <= engine.max_live
+            assert engine.prefix.nbytes <= kept
+            assert most is None or engine._reserved() + engine.prefix.nbytes <= most
+            used = [sequence.memory for sequence in engine._live if sequence.memory] + engine.prefix._idle
+            assert len({id(memory.cache) for memory in used}) == len(used)  # no two sequences share one
+
+        for _ in range(data.draw(st.integers(1, 6))):
             prompt, options = asked(data, made.config, prompts)
             edits = options["edits"] = one_of(data, edits_of(made.config), "edits")
             request = checked(made.config, prompt, options, speculation=one_of(data, GUESSES, "speculation"))
@@ -242,16 +254,22 @@ def requests_in_an_engine(data: st.DataObject, folder: Path) -> None:
             else:
                 assert request == checked(made.config, prompt, options)  # speculation is not the reason
             for _ in range(data.draw(st.integers(0, 6))):
-                engine.step()
-        list(engine.run())
+                step()
+            if jobs and one_of(data, (False, False, True), "cancel"):
+                engine.cancel(one_of(data, jobs, "job")[0])
+        while engine.busy:
+            step()
     with GPT2.load(made.plain, threads=1) as plain:
         for job, edits in jobs:
-            wanted = alone(plain, job.request, edits, [c.seed for c in job.completions])
-            if isinstance(wanted, str):
-                assert str(job.error) == wanted
-            else:
-                assert job.error is None
-                assert bits(job.completions) == wanted
+            found, wanted = job.completions, alone(plain, job.request, edits, [c.seed for c in job.completions])
+            assert job.error is None or str(job.error) == wanted
+            assert isinstance(wanted, list) or job.error is not None or job.cancelled
+            if job.error is None and isinstance(wanted, list):
+                for completion, its in zip(found, wanted, strict=True):
+                    tokens, _, given, infos = its
+                    left = completion.finish_reason == "cancelled"
+                    short = tokens[: len(completion.tokens)], "cancelled", given[: len(completion.prompt_infos)]
+                    assert bits([completion])[0] == ((*short, infos[: len(completion.infos)]) if left else its)
 
 
 def caches(data: st.DataObject, folder: Path) -> None:
@@ -298,7 +316,7 @@ def requests_over_http(data: st.DataObject, folder: Path) -> None:
             body["sampler"] = "median"
         sent.append((checked(made.config, prompt, options, stop_in_prompt=False), body))
     path = made.other if "weights" not in made.options else made.plain
-    limits = {"threads": data.draw(st.integers(1, 3)), "max_live": data.draw(st.integers(1, 6)), "queue": 100}
+    limits: Options = {"threads": data.draw(st.integers(1, 3)), "max_live": data.draw(st.integers(1, 6)), "queue": 100}
     with live(path, **limits) as at, ThreadPoolExecutor(len(sent)) as clients:
         answers = list(clients.map(lambda each: at.ask("POST", "/v1/completions", each[1]), sent))
     with GPT2.load(made.plain, threads=1) as plain:
@@ -344,15 +362,35 @@ def top(tokenizer: Tokenizer, token: int, value: float) -> list[Any]:
     return [token, token_text(tokenizer.decode_bytes([token])), value]
 
 
+def check(case: Case, examples: int, number: int, phases: Collection[Phase] = tuple(Phase)) -> None:
+    """Try examples of a case. number: the seed."""
+
+    @seed(number)
+    @settings(deadline=None, max_examples=examples, database=None, suppress_health_check=[*HealthCheck], phases=phases)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            case(data, Path(folder))
+
+    run()
+
+
 @pytest.mark.parametrize(("case", "few"), [(requests_in_an_engine, 40), (caches, 30), (requests_over_http, 15)])
-def test_features_together(budget: Budget, case: Callable[[st.DataObject, Path], None], few: int) -> None:
+def test_features_together(budget: Budget, case: Case, few: int) -> None:
     for _ in budget.rounds():
+        check(case, few, budget.random.randrange(1 << 32))
 
-        @seed(budget.random.randrange(1 << 32))
-        @settings(deadline=None, max_examples=few, database=None, suppress_health_check=[*HealthCheck])
-        @given(st.data())
-        def check(data: st.DataObject) -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                case(data, Path(folder))
 
-        check()
+@pytest.mark.parametrize(
+    ("case", "replaced", "by"),
+    [
+        (requests_in_an_engine, "pygpt.generation.prefix.common_prefix", lambda a, b, most: min(len(a), most)),
+        (requests_in_an_engine, "pygpt.generation.prefix.Memory.keep", lambda *_: None),
+        (caches, "pygpt.network.KVCache.copy", lambda cache, *_, **__: cache),
+        (requests_over_http, "pygpt.server.answering.LEAST", -1.0),
+    ],
+)
+def test_a_defect_is_found(monkeypatch: pytest.MonkeyPatch, case: Any, replaced: str, by: Any) -> None:
+    monkeypatch.setattr(replaced, by)
+    with pytest.raises((AssertionError, InputError)):
+        check(case, 100, 1, [Phase.generate])

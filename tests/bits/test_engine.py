@@ -6,21 +6,21 @@ This is true for every order, every set of other requests, all limits, and every
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from make_checkpoint import make
 
 from pygpt import GPT2, InputError, NumericalError, SerialGPT2
 from pygpt.formats.open import open_weights
 from pygpt.generation.completion import Completion
-from pygpt.generation.engine import FEWEST_ROWS, Engine, Event, Job, _Clock
+from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
 from pygpt.generation.request import Request
-from pygpt.generation.speculate import PATIENCE, WORTH, Draft, Share, Speculation, Speculator
+from pygpt.generation.speculate import MIXED_ROWS, MOST, MOST_PATIENCE, PATIENCE, WORTH, Draft, Share, Speculation, Speculator
 from pygpt.network import KVCache, Network
 
 MAXT = 24
@@ -96,82 +96,7 @@ def alone(model: GPT2) -> Alone:
     return Alone(model)
 
 
-prompts = st.lists(st.sampled_from([1, 2]), min_size=0, max_size=15).flatmap(
-    lambda tail: st.sampled_from([[9, 8, 7, 6, 5, 4, 3][: MAXT - 1 - len(tail)] + tail, [*tail, 3]])
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None], alone: Alone, data: st.DataObject) -> None:
-    one = model.network.position_bytes
-    draft = drafts[data.draw(st.sampled_from(sorted(drafts)), label="draft")]
-    least = MAXT * (one if draft is None else one + draft.position_bytes)
-    most = data.draw(st.sampled_from([None, least, 2 * least, 5 * least]), label="cache_bytes")
-    kept = data.draw(st.sampled_from([0, MAXT * one, 9 * MAXT * one]), label="prefix bytes")
-    choices: list[list[int | bool | None]] = [[None], [True], [1, 3], [None, True, 2, 8, 64]]
-    speculations = data.draw(st.sampled_from(choices), label="speculation")
-    engine = Engine(
-        model.network,
-        draft=lambda make: draft,
-        prefix=model.new_prefix_cache(kept),
-        max_live=data.draw(st.integers(1, 6), label="max_live"),
-        cache_bytes=most,
-        target_ms=data.draw(st.sampled_from([None, 0.001, 1000.0]), label="target_ms"),
-    )
-    jobs: list[tuple[Job, Bits]] = []
-    seen: dict[int, list[list[int]]] = {}
-    for _ in range(data.draw(st.integers(1, 40), label="moves")):
-        move = data.draw(st.sampled_from(["add", "step", "step", "step", "cancel"]))
-        if move == "add":
-            prompt, number = data.draw(prompts), data.draw(st.integers(0, len(OPTIONS) - 1))
-            n = data.draw(st.sampled_from([1, 1, 2, 3]))
-            speculation: int | bool | None = data.draw(st.sampled_from(speculations))
-            job = engine.add(request(model, prompt, OPTIONS[number], speculation), n=n)
-            jobs.append((job, alone(prompt, number, n)))
-            seen[id(job)] = [[] for _ in range(n)]
-        elif move == "cancel" and jobs:
-            engine.cancel(data.draw(st.sampled_from(jobs))[0])
-        else:
-            note(seen, engine.step())
-            check_limits(engine, most, kept)
-    while engine.busy:
-        note(seen, engine.step())
-        check_limits(engine, most, kept)
-    assert not engine.step()
-    for job, wanted in jobs:
-        found = bits(job.completions)
-        assert [tokens for tokens, _, _ in found] == seen[id(job)]
-        for (tokens, reason, infos), (its_tokens, its_reason, its_infos) in zip(found, wanted, strict=True):
-            if reason == "cancelled":
-                assert job.cancelled
-                assert (tokens, infos) == (its_tokens[: len(tokens)], its_infos[: len(infos)])
-                assert len(infos) >= len(tokens)
-            else:
-                assert (tokens, reason, infos) == (its_tokens, its_reason, its_infos)
-
-
-def note(seen: dict[int, list[list[int]]], events: list[Event]) -> None:
-    for event in events:
-        assert event.error is None
-        assert not event.job.cancelled  # a cancelled job has no events in later steps
-        if event.token is None:
-            assert (event.job.request.new, event.finish_reason) == (0, "length")
-        else:
-            seen[id(event.job)][event.choice].append(event.token)
-
-
-def check_limits(engine: Engine, most: int | None, kept: int) -> None:
-    assert len(engine._live) <= engine.max_live
-    assert engine.prefix.nbytes <= kept
-    if most is not None:
-        assert engine._reserved() + engine.prefix.nbytes <= most
-    caches = [sequence.memory.cache for sequence in engine._live if sequence.memory]
-    caches += [memory.cache for memory in engine.prefix._idle]
-    assert len({id(cache) for cache in caches}) == len(caches)  # no two sequences share one
-
-
-@pytest.mark.parametrize("name", ["none", "itself", "other weights", "larger"])
+@pytest.mark.parametrize("name", ["none", "itself", "other weights", "larger", "short", "NaN"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_guesses_leave_no_trace(
     model: GPT2, drafts: dict[str, Draft | None], alone: Alone, name: str, options: dict[str, Any]
@@ -188,7 +113,7 @@ def test_guesses_leave_no_trace(
         assert memory.draft is None
         caches.append((memory.tokens, memory.cache))
         guesses = speculation is not None and options.get("max_new_tokens") != 0
-        assert name == "none" or guesses == (engine.speculator.drafted > 0)
+        assert name in ("none", "NaN") or guesses == (engine.speculator.drafted > 0)
     (tokens, plain), (its_tokens, cache) = caches
     assert tokens == its_tokens
     assert isinstance(plain, KVCache)
@@ -255,12 +180,47 @@ def test_speculation_stops_where_it_does_not_pay() -> None:
     for _ in range(6):
         share.note([1], [2])
     assert share.best(8, 0.3)[0] < WORTH
+    compared = share.count
+    share.note([1, 2, 3], [1, 9, 3])
+    assert share.count == compared + 2  # what follows a wrong guess could not be right
     tries = [i for i in range(2000) if state.try_again()]
     assert tries[0] == PATIENCE - 1
     assert len(tries) < 10
+    completion: Any = SimpleNamespace(drafted=0, accepted=0)
+    for right, patience in ((0, MOST_PATIENCE), (1, PATIENCE)):  # a right guess makes it try again soon
+        speculator.check(completion, state, [1, 2], right, 3)
+        assert state.patience == patience
     speculator.note(1, 0, 0.010)
     speculator.note(1, 4, 0.014)
     assert speculator._row == pytest.approx(0.001)
+
+
+def test_many_sequences_guess_fewer_tokens_each() -> None:
+    """More rows in one step would be bound by arithmetic."""
+    speculator = Speculator(lambda make: None)
+    memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
+    speculator.note(1, 0, 1.0)
+    speculator.note(1, 9, 1.0)  # rows of guesses cost nothing
+    for sequences, guesses in ((1, MOST), (MIXED_ROWS // 3, 3)):
+        completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
+        found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)])
+        assert [len(one) for one in found] == [guesses] * sequences
+
+
+def test_guesses_are_checked_one_after_the_other(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of all sequences add to the same counts, so workers must not share them."""
+    check, threads = Speculator.check, set()
+
+    def noting(self: Speculator, *given: Any) -> None:
+        threads.add(threading.current_thread())
+        check(self, *given)
+
+    monkeypatch.setattr(Speculator, "check", noting)
+    engine = Engine(model.network, draft=lambda make: Draft(model.network, shared=True))
+    for token in range(4):
+        engine.add(Request(model.config, [token], max_new_tokens=9, speculation=2))
+    list(engine.run())
+    assert threads == {threading.current_thread()}
 
 
 def test_drafts_by_name(tmp_path: Path) -> None:
@@ -310,6 +270,10 @@ def test_a_shared_prefix_is_computed_once(model: GPT2, monkeypatch: pytest.Monke
         engine.add(Request(model.config, [*common, last], max_new_tokens=2))
     list(engine.run())
     assert counts == [11, 1 + 4, 4]
+    for last in range(2):
+        engine.add(Request(model.config, [50, 51, 52, last], max_new_tokens=1))
+    list(engine.run())
+    assert counts[3:] == [4 + 4]  # three tokens are not worth a wait
 
 
 def test_a_request_goes_on_from_an_idle_and_from_a_live_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +397,25 @@ def test_a_failed_step_keeps_all(model: GPT2, monkeypatch: pytest.MonkeyPatch, b
         except KeyboardInterrupt:
             pass
     assert [job.completions[0].tokens for job in jobs] == wanted
+
+
+def test_scores_of_an_interrupted_step_are_computed_again(model: GPT2, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are in the cache, but some have no log-probability yet."""
+    number, score, calls = len(OPTIONS) - 1, Completion.score, iter(range(1000))
+    expected = alone([*range(9)], number, 1)
+
+    def interrupted(self: Completion, logits: Any, row: int) -> None:
+        if next(calls) % 4 == 2:
+            raise KeyboardInterrupt
+        score(self, logits, row)
+
+    monkeypatch.setattr(Completion, "score", interrupted)
+    engine = model.engine()
+    job = engine.add(request(model, [*range(9)], OPTIONS[number]))
+    while engine.busy:
+        with suppress(KeyboardInterrupt):
+            engine.step()
+    assert bits(job.completions) == expected
 
 
 def test_the_serial_reference_runs_in_the_same_engine(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -458,6 +458,14 @@ def test_wide_and_long(files: Files) -> None:
     assert_accurate(expected[:540], *exact_logits(path, config, tokens[:540]))
 
 
+def test_a_long_step_after_a_short_one(files: Files) -> None:
+    """The memory of each worker grows with the sequence."""
+    path, tokens = files.random(Config(maxT=900, V=97, L=1, NH=2, C=32), 3), [i * i % 97 for i in range(900)]
+    with GPT2.load(path, threads=2) as model:
+        model.logits(tokens[:1])
+        assert same(model.logits(tokens), whole(path, tokens))
+
+
 @pytest.mark.parametrize("version", [1, 3, 5])
 def test_wide_ragged_head(files: Files, version: int) -> None:
     """GPT-2's vocabulary with an odd width."""

@@ -19,7 +19,7 @@ from quantisers import quantise, to_panels
 from running import gist
 
 from pygpt import GPT2, Config, InputError, SerialGPT2, cpu_info
-from pygpt._kernels import blocks_to_panels, matrix_bytes, matrix_product, quantise_panels, select_isa
+from pygpt._kernels import Weights, blocks_to_panels, matrix_bytes, matrix_product, quantise_panels, select_isa
 from pygpt._reference import KERNELS
 from pygpt.formats.dtypes import FLOAT32, FORMATS
 from pygpt.formats.panels import QUANTISED, StoredWeights, from_panels, panel_sizes, quantised
@@ -405,6 +405,16 @@ def test_vectors_stay_float32() -> None:
     model.tensors["lnfb"] = "q8_0", memoryview(bytes(matrix_bytes("q8_0", 1, 2)))
     with pytest.raises(InputError, match=r"lnfb.*q8_0"):
         GPT2(model)
+
+
+def test_weights_that_share_caches_have_the_same_dimensions() -> None:
+    shape = {"maxT": 2, "V": 3, "L": 1, "NH": 1, "C": 2}
+    kin, other = (Random(Config(**shape), seed) for seed in (0, 1))
+    Weights(kin.config, other.stored(), Weights(kin.config, kin.stored()))
+    for name, size in shape.items():
+        other = Random(Config(**{**shape, name: 2 * size}), 0)
+        with pytest.raises(InputError, match="other dimensions"):
+            Weights(other.config, other.stored(), Weights(kin.config, kin.stored()))
 
 
 def test_buffers_of_another_size() -> None:

@@ -194,8 +194,8 @@ def test_a_new_batch_of_another_shape_replaces_the_old_one() -> None:
         losses = model.forward(*first)
         model.backward()
         gradients = model.gradients.copy()
-        for B, T in ((1, 1), (5, 3), (3, 30)):
-            model.forward(*batch(SHAPE, B, T))
+        for B, T in ((2, 5), (1, 1), (5, 3), (3, 30)):
+            assert model.forward(*batch(SHAPE, B, T)).shape == (B, T)
             model.backward()
         assert np.array_equal(model.forward(*first), losses)
         model.backward()

@@ -168,7 +168,8 @@ def test_compressed_files_hold_the_same_lines(folder: Path) -> None:
     assert Path("none.out").read_bytes() == b""
 
 
-def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str) -> None:
+def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pygpt.generation.logprobs.SCORED", 50)  # a long continuation runs in pieces
     rng = np.random.default_rng(3)
     rows = [
         {
@@ -218,6 +219,8 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     content = record.read_text()
     record.write_text(content.replace('"pygpt": "', '"pygpt": "0.0.'))
     refused(capsys, words, "began with pygpt = '0.0.")
+    record.write_text(content.replace("{", '{"other": 1,', 1))
+    refused(capsys, words, "began with other = 1")
     record.write_text("[]")
     refused(capsys, words, "not the record")
     record.unlink()
@@ -331,6 +334,16 @@ def test_columns_are_answered_as_rows(model: str) -> None:
         assert job({"id": []}) == {}
         with pytest.raises(InputError, match="is empty"):
             job({"id": [1], "tokens": [[]]})
+
+
+def test_few_rows_are_taken_before_their_turn(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad rows are answered at once, and wait for the long row before them."""
+    monkeypatch.setattr("pygpt.cluster.AHEAD", 5)
+    given: list[dict[str, Any]] = [{"id": i, "tokens": [] if i else [1]} for i in range(40)]
+    rows = iter(given)
+    with Complete(model, threads=1, max_new_tokens=6, keep_going=True) as complete:
+        assert next(complete.rows(rows))["id"] == 0
+        assert next(rows)["id"] <= 5
 
 
 def test_bad_options_are_refused_by_the_constructor(model: str) -> None:

@@ -26,6 +26,8 @@ from pygpt.errors import ClosedError, InputError
 from pygpt.formats import checkpoint, dtypes
 from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 from pygpt.formats.open import open_model
+from pygpt.formats.vocabulary import characters_of, load_tokenizer, write_vocabulary
+from pygpt.tokenizer import tokenizer_of
 
 SMALL = {"L": 2, "NH": 2, "C": 6, "V": 130, "maxT": 5}
 WIDE = {"L": 2, "NH": 2, "C": 32, "V": 70, "maxT": 9}  # rows of whole blocks
@@ -216,6 +218,8 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["a.bin", "sub"], ["sub", "not a regular file"]),
         (["a.bin", "fifo"], ["fifo", "not a regular file"]),
         (["a.bin", "/dev/null"], ["/dev/null", "not a regular file"]),
+        (["a.bin", "b.safetensors"], ["b.safetensors", "pygpt quantize", "end DST with a /"]),
+        (["a.bin", "b.gguf"], ["b.gguf", "pygpt quantize"]),
         (["a.bin", "absent/b.bin"], ["absent", "does not exist"]),
         (["a.bin", "text.txt/b.bin"], ["text.txt", "does not exist"]),
     ],
@@ -324,6 +328,19 @@ def test_examples_of_the_help_run(folder: Path, capsys: pytest.CaptureFixture[st
     for command in commands:
         assert main(shlex.split(command)) == 0, command
     assert len(os.listdir()) == 9
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_vocabulary_of_its_own_stays_with_the_model(folder: Path, known: bool) -> None:
+    vocabulary = characters_of(["abc é"])
+    make("a.bin", version=3, **WIDE | {"V": len(vocabulary["model"]["vocab"])})
+    write_vocabulary("a.tokenizer.json", vocabulary if known else {"model": {"type": "Unigram", "vocab": []}})
+    assert main(["a.bin", "b.bin"]) == main(["b.bin", "c.bin"]) == 0
+    assert run("quantize", "a.bin", "d.safetensors").returncode == 0
+    assert len([name for name in os.listdir() if name.endswith(".tokenizer.json")]) == (4 if known else 1)
+    for name in ("b.bin", "c.bin", "d.safetensors") if known else ():
+        with open_model(name) as model:
+            assert tokenizer_of(model.config).vocabulary() == load_tokenizer("a.tokenizer.json").vocabulary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,11 +91,15 @@ def test_the_default_is_q8_0_and_the_head_may_differ(folder: Path, ending: str) 
 def test_a_model_of_any_format_is_a_source(folder: Path) -> None:
     hf.make_model(folder / "hf", hf.named(hf.weights(4, **SHAPE)), hf.settings(**SHAPE))
     make("five.bin", seed=4, version=5, **SHAPE)
-    assert main(["--format", "f32", "source.bin", "source.gguf"]) == 0
+    assert main(["--format", "F32", "source.bin", "source.gguf"]) == 0
     assert main(["--format", "f32", "source.bin", "source.safetensors"]) == 0
     for source in ("hf", "hf/model.safetensors", "five.bin", "source.gguf", "source.safetensors"):
         assert main(["--format", "q4_0", source, "target.safetensors"]) == 0
         assert equal(all_of("target.safetensors"), expected(all_of(source), "q4_0", "q8_0")), source
+    for target, positions in (("target.gguf", "float32"), ("target.safetensors", "bfloat16")):
+        assert main(["five.bin", target]) == 0
+        with open_model(target) as model:
+            assert model.formats["wpe"].name == positions
 
 
 @pytest.mark.parametrize("form", ["q8_0", "q4_0"])

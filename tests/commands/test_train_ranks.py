@@ -208,7 +208,7 @@ def test_ranks_that_differ_are_refused_by_name(folder: Path) -> None:
 
 def test_ranks_must_divide_the_parts(folder: Path) -> None:
     found = ranks(2, train("--parts", "3"))
-    assert (found.status, found.err.count("parts is 3 ... 2 ranks")) == (2, 1), found
+    assert (found.status, found.err.count("parts (--parts) is 3: 2 ranks must divide it")) == (2, 1), found
 
 
 def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +218,13 @@ def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert re.fullmatch(
         r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]' mpich\n", capsys.readouterr().err
     )
+
+
+def test_a_launcher_of_another_mpi_is_one_line(folder: Path) -> None:
+    """Without the check, each rank would train alone, and all would write the same files."""
+    found = run(train("--parts", "2"), cwd=folder, env=environment(OMPI_COMM_WORLD_SIZE="2"))
+    assert (found.status, found.err.count("finds only this one: use its launcher")) == (2, 1), found
+    assert not Path("run.bin").exists()
 
 
 def test_the_estimate_adds_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

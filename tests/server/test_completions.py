@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from serving import MAXT, Live, bare, joined, live, tiny
 
@@ -170,6 +170,7 @@ def test_only_the_prompt_is_scored(at: Live) -> None:
         },
     ),
 )
+@example(prompt="One two", fields={"max_tokens": 5, "echo": True, "return_token_ids": True})
 def test_a_stream_is_the_whole_answer(at: Live, prompt: str, fields: dict[str, Any]) -> None:
     whole = at.complete(prompt, seed=3, **fields)
     events = at.stream(prompt, seed=3, stream_options={"include_usage": True}, **fields)
@@ -397,7 +398,8 @@ def test_a_failing_step_is_an_error_of_its_requests(at: Live, monkeypatch: pytes
     assert b"[DONE]" not in answer.body
     monkeypatch.undo()
     monkeypatch.setattr(type(at.model.network), "step", lambda *_: 1 / 0)
-    assert at.refused(500, {"prompt": "Hello"})["code"] == "internal_error"
+    for stream in (False, True):
+        assert at.refused(500, {"prompt": "Hello", "stream": stream})["code"] == "internal_error"
     monkeypatch.undo()
     assert bare(at.complete(seed=1, max_tokens=5)) == wanted
     assert "planted secret" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What is around the completions: keys, limits, disconnects, metrics, prefixes, slow clients, and the end of the server."""
 
+import asyncio
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,10 @@ def test_unix_socket(path: Path, tmp_path: Path) -> None:
         assert running.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
         with pytest.raises(Exception, match="cannot listen at"):
             app.listen("", 0, where)
+    (tmp_path / "notes").write_text("kept")
+    with pytest.raises(Exception, match="cannot listen at"):
+        app.listen("", 0, str(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "kept"
 
 
 # ------------------------------------------------------------------------------------------------ the other answers
@@ -292,6 +298,21 @@ def test_a_client_that_leaves_frees_its_sequences(path: Path, slow: None, stream
         assert "request_success_total{finished_reason=length}" not in found
 
 
+@pytest.mark.parametrize(("left", "counted"), [(2, 1), (0, 0)])
+def test_a_client_that_has_its_answer_did_not_leave(left: int, counted: int) -> None:
+    """It may close the connection while the last bytes are sent."""
+
+    added: list[tuple[str, str, int]] = []
+    metrics = SimpleNamespace(add=lambda *given: added.append(given))
+    run: Any = SimpleNamespace(_left=left, _model="tiny", _wake=asyncio.Event(), _metrics=metrics)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    asyncio.run(answering.Run._watch(run, receive))
+    assert added == [("http_requests_client_disconnected", "tiny", counted)]
+
+
 def test_two_hundred_cancelled_then_one_answer(path: Path) -> None:
     with live(path, queue=400) as running:
         asked = json.dumps({"prompt": "Hello", "max_tokens": 90, "ignore_eos": True, "stream": True})
@@ -323,6 +344,20 @@ def test_the_queue_is_bounded(path: Path, slow: None) -> None:
         for one in asked:
             assert one.result()["usage"]["completion_tokens"] == 40
         assert running.complete(max_tokens=1)
+
+
+def test_a_call_of_which_one_prompt_can_never_fit_leaves_no_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with live(path, cache_bytes=20 * 512) as running:  # 20 tokens
+        add, jobs = running.engine.add, list[Any]()
+
+        def noting(*given: Any, **more: Any) -> Any:
+            jobs.append(add(*given, **more))
+            return jobs[-1]
+
+        monkeypatch.setattr(running.engine, "add", noting)
+        error = running.refused(400, {"prompt": [[1], [1] * 30], "max_tokens": 4})
+        assert error["code"] == "context_length_exceeded"
+        assert [job.cancelled for job in jobs] == [True]
 
 
 def test_the_time_limit_of_requests(path: Path, slow: None) -> None:
@@ -422,6 +457,7 @@ def test_long_headers_and_hostile_ones(path: Path) -> None:
 def test_too_many_connections_are_refused_politely(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(path) as running:
         monkeypatch.setattr(app.Protocol, "most", 20)
+        monkeypatch.setattr(app, "HEADER_S", 200.0)  # the idle connections stay open
         held = [running.connect() for _ in range(20)]
         wait_for(lambda: running.ask("GET", "/health").status == 503)
         answer = running.ask("GET", "/health")

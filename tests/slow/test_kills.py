@@ -20,12 +20,11 @@ STEPS = 30  # of a training run that is killed again and again
 
 def test_kill_9_while_writing(budget: Budget, files: Files, tmp_path: Path) -> None:
     for number in budget.rounds():
-        for kind in budget.some(range(len(writers(files, tmp_path))), few=1):
-            for older in (False, True):
-                place = tmp_path / f"{number}-{kind}-{older}"
-                place.mkdir()
-                killed(writers(files, place)[kind], files, place, budget.random.random(), older=older)
-                shutil.rmtree(place)
+        kind = budget.random.randrange(len(writers(files, tmp_path)))
+        for older in (False, True):
+            (place := tmp_path / f"{number}-{kind}-{older}").mkdir()
+            killed(writers(files, place)[kind], files, place, budget.random.random(), older=older)
+            shutil.rmtree(place)
 
 
 def killed(writer: Writer, files: Files, place: Path, moment: float, *, older: bool) -> None:
@@ -86,21 +85,21 @@ def test_killed_training_ends_with_the_same_bytes(budget: Budget, files: Files, 
 def test_disks_that_fill_up(budget: Budget, files: Files, tmp_path: Path) -> None:
     """By a limit of a file's size, and on a small file system where one can be had."""
     for number in budget.rounds():
-        for kind in budget.some(range(len(writers(files, tmp_path))), few=1):
-            (place := tmp_path / f"{number}-{kind}").mkdir()
-            writer = writers(files, place)[kind]
-            writer.put_older(files, place)
-            size = budget.random.randrange(1000, writer.least)
-            outcome = run(writer.argv, preexec_fn=lambda size=size: limit(resource.RLIMIT_FSIZE, size))
-            refused(outcome, writer, place)
-            if not writer.fresh:
-                older = Path(files.small).read_bytes()
-                assert all((place / target).read_bytes() == older for target in writer.targets), writer.name
-            shutil.rmtree(place)
-            with small_disk(tmp_path / f"disk-{number}-{kind}", budget.random.randrange(2, 8) * 4096) as disk:
-                if disk is not None:
-                    writer = writers(files, disk)[kind]
-                    refused(run(writer.argv), writer, disk)
+        kind = budget.random.randrange(len(writers(files, tmp_path)))
+        (place := tmp_path / f"{number}-{kind}").mkdir()
+        writer = writers(files, place)[kind]
+        writer.put_older(files, place)
+        size = budget.random.randrange(1000, writer.least)
+        outcome = run(writer.argv, preexec_fn=lambda size=size: limit(resource.RLIMIT_FSIZE, size))
+        refused(outcome, writer, place)
+        if not writer.fresh:
+            older = Path(files.small).read_bytes()
+            assert all((place / target).read_bytes() == older for target in writer.targets), writer.name
+        shutil.rmtree(place)
+        with small_disk(tmp_path / f"disk-{number}-{kind}", budget.random.randrange(2, 8) * 4096) as disk:
+            if disk is not None:
+                writer = writers(files, disk)[kind]
+                refused(run(writer.argv), writer, disk)
 
 
 def refused(outcome: Outcome, writer: Writer, place: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from budget import Budget
 from programs import PYTHON, TRAINING, Files, command, environment, finish, run, run_program, start
 
-from pygpt import GPT2, TrainingState
+from pygpt import GPT2, TrainingState, _signals
 from pygpt.hub.find import EMBEDDED_MODEL
 
 TOTAL = 3000  # tokens of an answer during which a file changes
@@ -341,6 +341,14 @@ def touch():
     os.truncate(sys.argv[1], 0)
     return mapped[5000]
 """
+
+
+def test_the_line_of_the_outer_command_stays() -> None:
+    assert _signals.begin(b"outer\n")
+    try:
+        assert not _signals.begin(b"inner\n")  # its end() would remove the handler of the outer one
+    finally:
+        _signals.end()
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,15 @@ def test_by_default_every_value_is_kept(folder: Path, capfd: pytest.CaptureFixtu
 
 def test_dtypes_may_be_mixed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = hf.weights(**SHAPE)
-    mixed = {**hf.named(values, "BF16"), "wpe.weight": hf.raw(values["wpe"], "F32")}
+    exact = hf.named(values, "F32")
+    mixed = hf.named(values, "BF16") | {name: exact[name] for name in ("wpe.weight", "h.1.mlp.c_fc.bias")}
     hf.make_model(Path("model"), mixed, hf.settings(**SHAPE))
     assert main(["model", "a.bin"]) == 0
     assert "(Hugging Face, mixed," in capsys.readouterr().err
     expected = {**hf.rounded(values, "BF16"), "wpe": values["wpe"]}
+    expected["fcb"][1] = values["fcb"][1]
+    with HuggingFaceModel("model") as model:
+        assert model.formats["fcb"].name == "float32"  # of layers in different formats
     assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(expected, 3, **SHAPE)
 
 

@@ -225,6 +225,7 @@ def test_gradients_of_residuals_are_those_of_finite_differences(path: str, weigh
         }
         again = engine.residual_gradients(np.array(IDS), logit.gradient(7, config.V))
         assert all(np.array_equal(array, again[name]) for name, array in found.items())
+    assert not Logit(11, 11).gradient(7, 97).any()  # the lead over itself
     known = oracle.forward_activations(weights, config, IDS)
 
     def number(stream: Array, layer: int) -> float:
@@ -304,6 +305,7 @@ def test_features_are_those_of_numpy(tmp_path: Path, model: GPT2, subtract: bool
     expected = np.where(before > w.get("threshold", 0), before, 0)
     found = sae.encode(stream)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert not sae._replace(threshold=found[2]).encode(stream)[2].any()  # a feature must be above its threshold
     best = sae.top(stream[2], 4)
     assert [feature for feature, _ in best] == np.argsort(-expected[2])[:4].tolist()
     np.testing.assert_allclose([value for _, value in best], np.sort(found[2])[:-5:-1], rtol=1e-5)  # NumPy's sums vary
@@ -383,7 +385,7 @@ def test_their_names(model: GPT2, weights: dict[str, Array]) -> None:
         np.testing.assert_allclose(found[f"hidden_states.{layer}"], streams[layer], atol=ROUNDING)
     for name in ("ln_final.hook_normalized", "hidden_states.3"):
         np.testing.assert_allclose(found[name], known["lnf"], atol=ROUNDING)
-    assert list(named_activations(model, IDS, ["ln_final.hook_normalized"])) == ["ln_final.hook_normalized"]
+    assert list(named_activations(model, IDS, "ln_final.hook_normalized")) == ["ln_final.hook_normalized"]
     for name in ("hook_embed", "blocks.0.ln1.hook_scale", "blocks.3.hook_resid_post", "hidden_states.4"):
         with pytest.raises(InputError, match=f"activation '{name}' has no equal"):
             named_activations(model, IDS, [name])

@@ -161,6 +161,16 @@ def test_one_part_is_the_mean_gradient_and_parts_change_only_rounding() -> None:
         assert found[2][2] == pytest.approx(engine.gradient_norm(), rel=1e-6)
 
 
+def test_an_interrupted_step_leaves_nothing_in_the_sum() -> None:
+    with TrainableGPT2.random(CONFIG, seed=1, threads=1) as engine:
+        step = SharedStep(engine, Ranks(), 3)
+        for part in (0, 1, 0, 1, 2):  # interrupted after part 1, then all again
+            engine.gradients[:] = 10**part
+            step.add(part)
+        step.reduce()
+        assert np.array_equal(engine.gradients, np.full(engine.gradients.size, 111, np.float32))
+
+
 def test_failures_are_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     def refused(ranks: Ranks, job: Callable[[], object], kind: type[Exception], match: str) -> None:
         with pytest.raises(kind, match=match):

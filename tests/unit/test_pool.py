@@ -26,6 +26,7 @@ from make_checkpoint import make
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads
 from pygpt import pool as pool_module
+from pygpt._signals import see_through
 from pygpt.cpus import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent
@@ -443,6 +444,19 @@ def test_other_dispositions_are_kept(disposition: signal.Handlers) -> None:
     with ThreadPool(2) as pool:
         pool.run(interrupting([0, 0]) if disposition == signal.SIG_IGN else lambda ith, nth: None)
     assert signal.getsignal(signal.SIGINT) is disposition
+
+
+def test_the_first_exception_that_ends_the_program_is_raised() -> None:
+    left = [ValueError(), KeyboardInterrupt(), SystemExit()]
+
+    def proceed() -> bool:
+        if left:
+            raise left.pop(0)
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        see_through(proceed)
+    assert not left
 
 
 @pytest.mark.parametrize("nth", [2, 4])
