@@ -183,9 +183,7 @@ class Engine(Uncopied):
         plan = self._plan()
         if not plan:
             return late
-        decoding = all(part.last and len(part.tokens) == 1 for part in plan)
-        if decoding:
-            self._guess(plan)
+        looked = all(part.last and len(part.tokens) == 1 for part in plan) and self._guess(plan)
         rows = []
         for part in plan:
             rows += [(token, part.memory.cache, part.scored) for token in part.tokens[:-1]]
@@ -207,7 +205,7 @@ class Engine(Uncopied):
             jobs = dict.fromkeys(part.sequence.job for part in plan if part.sequence.edits is watch.editing)
             return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
-        if decoding:
+        if looked:
             self.speculator.note(len(plan), len(rows) - len(plan), seconds)
         singles = sum(len(part.tokens) == 1 for part in plan)
         if self._clock is not None and 0 < singles < len(plan):
@@ -301,13 +299,16 @@ class Engine(Uncopied):
                 scores -= len(part.tokens) if part.scored else 0
         return plan
 
-    def _guess(self, plan: list[_Part]) -> None:
-        """Guess the next tokens of the decoding sequences that ask for it."""
-        asking = [(part, state) for part in plan if (state := part.sequence.speculation) is not None]
+    def _guess(self, plan: list[_Part]) -> bool:
+        """Guess the next tokens of the decoding sequences that ask for it and do not rest. Return whether there are any."""
+        states = [(part, state) for part in plan if (state := part.sequence.speculation) is not None]
+        asking = [(part, state) for part, state in states if len(part.sequence.completion.sequence) >= state.rest]
         if asking:
-            found = self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking])
+            wanted = [(part.sequence.completion, part.memory, state) for part, state in asking]
+            found = self.speculator.guess(wanted, len(plan))
             for (part, _), guesses in zip(asking, found, strict=True):
                 part.guesses = guesses
+        return bool(asking)
 
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.
@@ -384,11 +385,16 @@ class Engine(Uncopied):
                 chosen[i] += self._check(part, logits, row, chosen[i][0])
 
         controls = [sequence.job.request.control for sequence, _, _ in takers]
-        if any(part.guesses for part in plan) or any(control is not None and control.calls_out for control in controls):
+        if any(control is not None and control.calls_out for control in controls):
             for i in range(len(takers)):
                 take(i)
         else:
             self.network.each(take, len(takers))
+        for i, (sequence, _, guessing) in enumerate(takers):
+            if guessing is not None and guessing.guesses:
+                assert sequence.speculation is not None
+                right, last = len(chosen[i]) - 1, chosen[i][-1].token
+                self.speculator.check(sequence.completion, sequence.speculation, guessing.guesses, right, last)
         return events + [event for i in range(len(takers)) for event in chosen[i]]
 
     def _score(self, part: _Part, logits: "Logits", row: int) -> list[Event]:
@@ -412,9 +418,6 @@ class Engine(Uncopied):
             event = self._take(part.sequence, logits, row + right)
             events.append(event)
         part.memory.cache.truncate(len(part.memory.tokens))
-        assert part.sequence.speculation is not None
-        completion, state = part.sequence.completion, part.sequence.speculation
-        self.speculator.check(completion, state, part.guesses, right, event.token)
         return events[1:]
 
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:

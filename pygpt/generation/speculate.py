@@ -14,20 +14,24 @@ Sources: Leviathan et al. 2023 and Chen et al. 2023 (speculative decoding); Saxe
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from .completion import Completion
 from .prefix import Memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .._kernels import Logits
     from .prefix import AnyNetwork
 
 MOST = 8  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup needs
 WORTH = 1.02  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
-PATIENCE, MOST_PATIENCE = 64, 512  # plain steps of a sequence before guesses are tried again
+PATIENCE = 64  # tokens, at least, before a draft that does not seem to pay guesses again
+LOOK_S = 5e-6  # of one sequence in a step, to look for guesses
+LOOKS = 0.1  # plain steps: when looks in vain have taken so long, the sequence rests
+IN_VAIN = 0.005  # the share of time for looks and guesses of a sequence that do not pay: it rests in between
+QUICK_S = 0.0005  # a plain step that is shorter reads its weights from a cache: weights are not quantised for it
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
@@ -49,16 +53,11 @@ class Share:
             if guess != token:
                 break
 
-    def speed(self, count: int, guess: float) -> float:
-        """Return the expected tokens of a step with `count` guesses, divided by its time. Times are in plain steps. guess: the
-        time of one guess and of its row."""
-        tokens = 1 + sum(self.mean**i for i in range(1, count + 1))
-        return tokens / (1 + count * guess)
-
     def best(self, most: int, guess: float) -> tuple[float, int]:
-        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any.
+        """Return the highest speed, and its number of guesses, from 1 to `most`; (0, 0) without any.
 
-        The speed rises to one maximum, so the search ends where it falls."""
+        The speed is the expected tokens of a step, divided by its time. Times are in plain steps. guess: the time of one guess
+        and of its row. The speed rises to one maximum, so the search ends where it falls."""
         best, count, tokens, power, time = 0.0, 0, 1.0, 1.0, 1.0
         while count < most:
             power *= self.mean
@@ -73,20 +72,22 @@ class Share:
 class Speculation:
     """What one sequence remembers: where its n-grams end, how often guesses were right, and when to try again. drafts, lookups:
     the shares of right guesses. A lookup's guesses are noted even if they were not used. drafted: whether the guesses of this
-    step come from the draft."""
+    step come from the draft. rest: steps are plain until the sequence has this length. due: the length at which a draft that
+    does not seem to pay guesses again, or 0. vain: seconds of looks since the latest rest, less what right guesses saved."""
 
-    __slots__ = ("_ends", "_guessed", "_known", "drafted", "drafts", "lookups", "patience", "wait")
+    __slots__ = ("_ends", "_guessed", "_known", "drafted", "drafts", "due", "lookups", "rest", "vain")
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
         self._known = 0
         self._guessed: list[int] = []  # what look_up() returned for the tokens from `_known` on
         self.drafts, self.lookups, self.drafted = Share(0.8), Share(0.6), False
-        self.patience = self.wait = PATIENCE
+        self.rest, self.due, self.vain = 0, 0, 0.0
 
     def look_up(self, sequence: Sequence[int], most: int) -> list[int]:
         """Return up to `most` tokens that followed the latest earlier occurrence of the last NGRAM tokens."""
-        self.lookups.note(self._guessed, sequence[self._known :])
+        if self._guessed:
+            self.lookups.note(self._guessed, sequence[self._known :])
         for end in range(max(self._known, NGRAM), len(sequence)):  # not yet the last n-gram
             self._ends[tuple(sequence[end - NGRAM : end])] = end
         self._known = len(sequence)
@@ -96,14 +97,6 @@ class Speculation:
                 found.append(sequence[place] if place < len(sequence) else found[place - len(sequence)])
         self._guessed = found
         return found
-
-    def try_again(self) -> bool:
-        """Return whether to guess although guesses do not seem to pay. The waits become longer each time."""
-        self.wait -= 1
-        if self.wait > 0:
-            return False
-        self.patience = self.wait = min(2 * self.patience, MOST_PATIENCE)
-        return True
 
 
 class Draft:
@@ -133,8 +126,8 @@ class Draft:
                     break
                 logits = self.network.step([((found[i] or wanted[i][0].sequence)[-1], memories[i].cache, True) for i in active])
                 for row, i in enumerate(active):
-                    if (token := _choice(wanted[i][0], logits, row, found[i])) is not None:
-                        found[i].append(token)
+                    with suppress(Exception):  # logits may be NaN, and a user's function may fail on them: the check decides
+                        found[i].append(wanted[i][0].choose(logits, row, found[i]))
         finally:
             for memory in memories:
                 memory.cache.truncate(len(memory.tokens))
@@ -155,14 +148,6 @@ class Draft:
         return own
 
 
-def _choice(completion: Completion, logits: "Logits", row: int, ahead: list[int]) -> int | None:
-    """Return the token that a completion would choose after `ahead`, or None if it cannot choose from these logits."""
-    try:
-        return completion.choose(logits, row, ahead)
-    except Exception:  # a draft's logits may be NaN, and a user's function may fail on them: the check decides
-        return None
-
-
 class Speculator:
     """Guess tokens for the decoding sequences of an engine's steps, as many as pay. drafted, accepted: counts of guesses that
     were checked, and of those that were right."""
@@ -174,19 +159,22 @@ class Speculator:
         self._row: float | None = None  # seconds of one more row
         self.drafted = self.accepted = 0
 
-    def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[list[int]]:
-        """Return the guesses for each decoding sequence of the next step, which has only their rows."""
+    def guess(self, parts: list[tuple[Completion, Memory, Speculation]], sequences: int) -> list[list[int]]:
+        """Return the guesses for some of the `sequences` of the next step, all of which decode."""
         found: list[list[int]] = [[] for _ in parts]
-        limit = min(MOST, MIXED_ROWS // len(parts))
+        limit = min(MOST, MIXED_ROWS // sequences)
         wanted: list[tuple[int, int]] = []
         for i, (completion, memory, state) in enumerate(parts):
             fixed = completion.speculation or 0
+            state.vain += LOOK_S
+            if not fixed and self._plain is not None and state.vain > LOOKS * self._plain / sequences:
+                state.rest, state.vain = len(completion.sequence) + int(LOOKS / IN_VAIN), 0.0
             room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, fixed or limit)
             if room < 1:
                 continue
             looked = state.look_up(completion.sequence, room)
             state.drafted = False
-            count = self._count(completion, state, room, looked, len(parts))
+            count = self._count(completion, state, room, looked, sequences)
             if count < 0:
                 found[i] = looked[:-count]
             elif count:
@@ -206,15 +194,19 @@ class Speculator:
         plain = self._plain or 1.0
         row = ROW if self._row is None else self._row * sequences / plain
         guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
+        by_lookup, looks = state.lookups.best(len(looked) if fixed or self._row is not None else min(len(looked), 1), row)
         if fixed:
-            return -len(looked) if looked and state.lookups.speed(room, row) >= state.drafts.speed(room, row + guess) else room
-        by_lookup, looks = state.lookups.best(len(looked) if self._row is not None else min(len(looked), 1), row)
-        may_draft = draft is not None or completion.guesses >= SOON
+            return -len(looked) if looked and by_lookup >= state.drafts.best(room, row + guess)[0] else room
+        may_draft = draft is not None or (completion.guesses >= SOON and plain >= QUICK_S)
         new = draft is None or draft.seconds is None
         by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)
-        if max(by_lookup, by_draft) < WORTH:
-            return min(drafts, 1) if state.try_again() else 0
-        return -looks if by_lookup >= by_draft else drafts
+        if max(by_lookup, by_draft) >= WORTH:
+            return -looks if by_lookup >= by_draft else drafts
+        length, due = len(completion.sequence), state.due
+        if not drafts or length < due:
+            return 0
+        state.due = length + PATIENCE + int((row + guess) / IN_VAIN)
+        return min(due, 1)
 
     def note(self, sequences: int, guesses: int, seconds: float) -> None:
         """Note the time of a step with one row for each sequence and so many rows of guesses."""
@@ -231,7 +223,7 @@ class Speculator:
         if state.drafted:
             state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
         if right:
-            state.patience = PATIENCE
+            state.vain = -right * (self._plain or 0)
 
 
 def mean(before: float | None, now: float, weight: float = 0.1) -> float:

@@ -19,8 +19,9 @@ from pygpt import GPT2, InputError, NumericalError, SerialGPT2
 from pygpt.formats.open import open_weights
 from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
+from pygpt.generation.prefix import Memory
 from pygpt.generation.request import Request
-from pygpt.generation.speculate import MIXED_ROWS, MOST, MOST_PATIENCE, PATIENCE, WORTH, Draft, Share, Speculation, Speculator
+from pygpt.generation.speculate import MIXED_ROWS, MOST, WORTH, Draft, Share, Speculation, Speculator
 from pygpt.network import KVCache, Network
 
 MAXT = 24
@@ -183,16 +184,50 @@ def test_speculation_stops_where_it_does_not_pay() -> None:
     compared = share.count
     share.note([1, 2, 3], [1, 9, 3])
     assert share.count == compared + 2  # what follows a wrong guess could not be right
-    tries = [i for i in range(2000) if state.try_again()]
-    assert tries[0] == PATIENCE - 1
-    assert len(tries) < 10
     completion: Any = SimpleNamespace(drafted=0, accepted=0)
-    for right, patience in ((0, MOST_PATIENCE), (1, PATIENCE)):  # a right guess makes it try again soon
-        speculator.check(completion, state, [1, 2], right, 3)
-        assert state.patience == patience
     speculator.note(1, 0, 0.010)
+    for right, vain in ((0, 0.0), (2, -0.020)):  # right guesses give credit for vain looks
+        speculator.check(completion, state, [1, 2], right, 3)
+        assert state.vain == pytest.approx(vain)
     speculator.note(1, 4, 0.014)
     assert speculator._row == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("model_is", ["quick", "slow"])
+def test_what_does_not_pay_is_tried_rarely(model: GPT2, monkeypatch: pytest.MonkeyPatch, model_is: str) -> None:
+    """The draft is always wrong, and the text does not repeat itself. Vain looks and guesses take about 1% of the time."""
+    plain = {"quick": 0.0002, "slow": 0.010}[model_is]
+    speculator = Speculator(lambda make: wrong)
+    wrong = Draft(model.network, shared=True)
+    wrong.seconds = 0.3 * plain
+    monkeypatch.setattr(Draft, "guess", lambda self, wanted: [[-2] * count for *_, count in wanted])
+    completion = Completion(Request(model.config, [1], overflow="slide", max_new_tokens=10**6, speculation=True))
+    state, memory = Speculation(), Memory(model.new_cache())
+    looks, guessed = [], []
+    for step in range(5000):
+        if len(completion.sequence) >= state.rest:
+            looks.append(step)
+            [guesses] = speculator.guess([(completion, memory, state)], 1)
+            speculator.note(1, 0, plain)
+            if guesses:
+                guessed.append(step)
+                speculator.check(completion, state, guesses, 0, step)
+        completion.sequence.append(step)
+    looked = set(looks)
+    assert looked.issuperset(guessed)
+    assert (len(looks) < 1500) == (model_is == "quick")  # where a look costs a part of a step
+    assert 10 < len(guessed) < 90
+    assert max(guessed) > 4000  # it never gives up
+    assert not looked.isdisjoint(range(4000, 5000))
+    again = completion.sequence[-300:]
+    for token in again:  # now the text repeats itself
+        if len(completion.sequence) >= state.rest:
+            [guesses] = speculator.guess([(completion, memory, state)], 1)
+            if guesses and not state.drafted:
+                break
+        completion.sequence.append(token)
+    else:
+        pytest.fail("the repetition was not seen")
 
 
 def test_many_sequences_guess_fewer_tokens_each() -> None:
@@ -203,7 +238,7 @@ def test_many_sequences_guess_fewer_tokens_each() -> None:
     speculator.note(1, 9, 1.0)  # rows of guesses cost nothing
     for sequences, guesses in ((1, MOST), (MIXED_ROWS // 3, 3)):
         completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
-        found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)])
+        found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)], sequences)
         assert [len(one) for one in found] == [guesses] * sequences
 
 
