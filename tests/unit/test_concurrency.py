@@ -264,7 +264,7 @@ def test_an_interrupt_after_the_commit_takes_the_rows_back(path: str, monkeypatc
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(pygpt.model, "_array", interrupted)
+            patch.setattr(np, "asarray", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 calls[call]()
         assert reached[0] > 7
