@@ -6,8 +6,6 @@
 Each line of IN is a JSON object with a "prompt" or "tokens", and each line of OUT is its answer. OUT.part holds the answers so
 far, and OUT gets its name when it is complete. To continue a killed job, give the same command. docs/reference/batch.md
 describes the JSON and the files.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse

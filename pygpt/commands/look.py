@@ -5,8 +5,6 @@
     pygpt look "To be, or not to" --plot pictures -o json
 
 docs/reference/look.md explains the tables and the pictures, and describes the JSON.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
