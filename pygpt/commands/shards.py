@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +130,11 @@ def tokenize(texts: list[str], spool: str, options: argparse.Namespace, tokenize
     """Write all tokens to the file `spool`; return them as a mapped array. The split needs their number, known at the end."""
     reading = {"field": options.field, "allow_special": not options.no_special, "tokenizer": tokenizer, "eot": options.eot}
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
-    done = count = 0
-
-    def watched(text: Iterator[str]) -> Iterator[str]:
-        nonlocal done
-        for piece in text:
-            yield piece
-            done += len(piece.encode())
-            progress.update(done)
-
+    count = 0
     with open(spool, "wb") as file, Progress("bytes", total) as progress:
         for name in texts:
-            for tokens in encode_file(watched(read_text(name)), name, **reading):
+            text = progress.watch(read_text(name), lambda piece: len(piece.encode()))
+            for tokens in encode_file(text, name, **reading):
                 file.write(tokens.data)
                 count += len(tokens)
     if not count:
