@@ -36,7 +36,7 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
     """Add all options that read_options() reads, except the lengths. seed: the help of --seed."""
     add = parser.add_argument
     add("--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample")
-    add("--temp", "--temperature", metavar="X", help="divide the logits by X (default 1); 0 means sampler greedy")
+    add("--temp", "--temperature", dest="temperature", metavar="X", help="divide the logits by X (default 1); 0 means greedy")
     add("--top-k", metavar="K", help="keep only the K most probable tokens (default 0: all)")
     add("--top-p", metavar="P", help="keep only the most probable tokens whose probabilities add up to P (default 1: all)")
     add("--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)")

@@ -4,7 +4,7 @@
  *              if one instruction does it
  *   FMA(a,b,c) a * b + c               FUSED       1 if FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemm reads side by side for one row
- *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
+ *   TALL_TILES if nearly all of 32 sums, 8 rows x 4 outputs, fit the registers
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
  * All other code uses the vector types of GCC and clang, without intrinsics. After the include, TABLE(name,
@@ -274,8 +274,10 @@ typedef struct {
 INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* Compute one register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs
- * `ostep`, so each row is a separate stream from memory. */
-INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
+ * `ostep`, so each row is a separate stream from memory. If `packed`, inp has 16 values of each row, then the next 16. So the
+ * processor's own prefetching follows one stream instead of one for each row. One packed tile has all rows, so weights are read
+ * once, and the prefetches say so. */
+INLINE void dots(const int rows, const int outputs, const int packed, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
                  const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, fetch next) {
     const ptrdiff_t bytes = value_bytes(kind);
     const char *wrow[8];
@@ -283,14 +285,17 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
     UNROLL for (int n = 0; n < outputs; n++) wrow[n] = w + n * wstep * bytes;
     UNROLL_ALL(40) for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
     ptrdiff_t k = 0;
+#define ROW(r) (packed ? k * rows + (r) * LANES : (r) * ldi + k)
     for (; k + LANES <= K; k += LANES) {
-        if ((k / LANES & (next.every - 1)) == next.first)
+        if (packed)
+            UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048, 0, 0);
+        else if ((k / LANES & (next.every - 1)) == next.first)
             UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + next.ahead);
         UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time, because narrow sets have few */
             vec b[8];
             UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weight_vec(wrow[n], k + h * W, kind);
             UNROLL for (int r = 0; r < rows; r++) {
-                vec a = *(const vec_unaligned *)(inp + r * ldi + k + h * W);
+                vec a = *(const vec_unaligned *)(inp + ROW(r) + h * W);
                 UNROLL for (int n = 0; n < outputs; n++)
                     acc[r * outputs + n].v[h] = FMA(a, b[n], acc[r * outputs + n].v[h]);
             }
@@ -300,10 +305,11 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
         lanes b[8];
         UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, kind);
         UNROLL for (int r = 0; r < rows; r++) {
-            lanes a = load_tail(inp + r * ldi + k, K - k, 0.0f);
+            lanes a = load_tail(inp + ROW(r), K - k, 0.0f);
             UNROLL for (int n = 0; n < outputs; n++) acc[r * outputs + n] = fma16(a, b[n], acc[r * outputs + n]);
         }
     }
+#undef ROW
     HERE(ldo);
     HERE(ostep);
 #define OUT(i) out[(i) / outputs * ldo + (i) % outputs * ostep]
@@ -318,8 +324,9 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 
 /* Compute a few rows against `outputs` (a constant) weight rows, `wstep` apart. Two row tiles are about equally tall; each
  * prefetches every other line of the next weight rows. Of more tiles, the first and a shorter last one prefetch all lines. */
-INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp,
-                        ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
+INLINE void dots_column(const int outputs, const int tallest, const int packed, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
+                        const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K,
+                        const int kind) {
     const int two = rows > tallest && rows <= 2 * tallest;
     for (ptrdiff_t r = 0, height; r < rows; r += height) {
         height = two && !r ? (rows + 1) / 2 : least(rows - r, tallest);
@@ -327,7 +334,9 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
         if (two) next = (fetch){K * value_bytes(kind), 2, r != 0};
         switch (height) {
 #define ROWS(count) \
-    case count: if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next);\
+    case count:                                                                                                              \
+        if (count <= tallest)                                                                                                \
+            dots(count, outputs, packed, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next);            \
         break
             ROWS(1);
             ROWS(2);
@@ -335,6 +344,8 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
             ROWS(4);
             ROWS(5);
             ROWS(6);
+            ROWS(7);
+            ROWS(8);
 #undef ROWS
         }
     }
@@ -342,13 +353,13 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
 
 /* Read the weights from memory once, in `streams` (a constant) equal parts, and one row of each part at a time. So the
  * processor keeps more reads in flight than with one stream. */
-INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
-                    ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
+INLINE void gemm_of(const int streams, const int tallest, const int packed, float *out, ptrdiff_t ldo, const float *inp,
+                    ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
     const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind);
     for (ptrdiff_t n = 0; n < part; n++)
-        dots_column(streams, tallest, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * K, K, kind);
+        dots_column(streams, tallest, packed, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * K, K, kind);
     for (ptrdiff_t n = part * streams; n < N; n++)
-        dots_column(1, MR, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, K, K, kind);
+        dots_column(1, packed ? tallest : MR, packed, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, K, K, kind);
 }
 
 /* ---------------------------------------------------------------------------------------- packed matrix products
@@ -838,16 +849,24 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* If registers suffice, taller tiles of fewer outputs read a weight row less often. 3 to 5 rows of float32 gain from fewer streams;
- * 5 long ones leave the first-level cache before their next tile, so 5 outputs at a time are better. */
+/* If registers suffice, tall tiles read a weight row once for up to 8 rows, and twice for up to 16. If the caller has room, up to 8
+ * rows are packed. */
 #ifdef TALL_TILES
-#define SHORT_ROWS 6400 /* values: half of a first-level cache of 48 KB */
-#define TALL_CASES(id, bytes)                                                                                            \
-        else if (rows == 6 || rows == 11 || rows == 12 ||                                                                \
-                 (bytes == 4 && (rows == 3 || rows == 4 || (rows == 5 && 5 * w->K <= SHORT_ROWS))))                      \
-            gemm_of(4, 6, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
+INLINE void interleave(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
+    for (ptrdiff_t k = 0; k < K; k += LANES)
+        for (ptrdiff_t r = 0; r < rows; r++, packed += LANES)
+            store(packed, K - k < LANES ? load_tail(inp + r * ldi + k, K - k, 0.0f) : load(inp + r * ldi + k));
+}
+#define TALL_CASES(id)                                                                                                   \
+        else if (rows <= 8 && room) {                                                                                    \
+            interleave(room, inp, ldi, rows, w->K);                                                                      \
+            gemm_of(4, 8, 1, out, ldo, room, LANES, rows, from, stop - start, w->K, KIND_##id);                          \
+        } else if (rows == 11 || rows == 12)                                                                             \
+            gemm_of(4, 6, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                             \
+        else if (rows <= 8 || (rows > 12 && rows <= 16))                                                                 \
+            gemm_of(4, 8, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
 #else
-#define TALL_CASES(id, bytes)
+#define TALL_CASES(id)
 #endif
 #define FUNCTIONS(id, bytes, load)                                                                                       \
     static void gemm_##id(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,                    \
@@ -855,10 +874,10 @@ static float probe_fma(ptrdiff_t times) {
         const char *from = (const char *)w->data + start * w->K * bytes;                                                 \
         (void)room;                                                                                                      \
         if (rows == 1)                                                                                                   \
-            gemm_of(STREAMS, 1, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                             \
-        TALL_CASES(id, bytes)                                                                                            \
+            gemm_of(STREAMS, 1, 0, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                          \
+        TALL_CASES(id)                                                                                                   \
         else                                                                                                             \
-            gemm_of(NR, MR, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                              \
+            gemm_of(NR, MR, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                           \
     }                                                                                                                    \
     static void pack_weights_##id(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {                 \
         pack_weights_of(room, (const char *)w->data + start * w->K * bytes, stop - start, w->K, KIND_##id);              \

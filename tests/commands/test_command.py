@@ -284,7 +284,7 @@ NINES = "9" * 40  # the part that an error shows
         (["--sampler", "", "5"], ["''"]),
         (["--sampler", "Greedy", "5"], ["'Greedy'"]),
         (["--frobnicate", "5"], ["--frobnicate", "--help"]),
-        (["--temperature", "1", "5"], ["--temperature", "did you mean --temp?"]),
+        (["--temprature", "1", "5"], ["--temprature", "did you mean --temperature"]),
         (["--top-k", "-1", "5"], ["'-1'", "0 or more"]),
         (["hello", "there"], ["'hello'", "pygpt chat TEXT"]),
         (["-x", "5"], ["-x"]),
