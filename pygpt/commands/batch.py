@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -25,16 +25,11 @@ from ..cluster import Complete
 from ..errors import InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.text import compress, is_compressed, read_lines, row_of
-from .console import Parser, Progress, say, status_of, whole
+from .console import Parser, Progress, command, say, whole
 from .convert import check_parent, writing
 from .options import add_completion_options, read_options
 
 Row = dict[str, Any]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -212,3 +207,6 @@ def compare(path: str, record: Row) -> None:
         if before.get(key) != record.get(key):
             was, now = shown(before.get(key)), shown(record.get(key))
             raise InputError(f"{path}: the job began with {key} = {was}, not {now}: give the same, or --force to begin again")
+
+
+main = command(build_parser, run)

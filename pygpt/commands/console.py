@@ -58,6 +58,11 @@ def status_of(job: "Callable[[], int | None]") -> int:
     return status
 
 
+def command(build_parser: "Callable[[], Any]", run: "Callable[[argparse.Namespace], int | None]") -> "Callable[..., int]":
+    """Return a command's main(arguments=None), which runs it and returns its exit status."""
+    return lambda arguments=None: status_of(lambda: run(build_parser().parse_args(arguments)))
+
+
 def import_command(name: str) -> "Callable[[Sequence[str]], int]":
     """Import a command's module and return its main(). If the import fails, report it in one line and exit."""
     found: list[Callable[[Sequence[str]], int]] = []

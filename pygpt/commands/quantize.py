@@ -5,7 +5,7 @@ The four matrices of each layer and wte (head and embedding) are quantised. Posi
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import InputError
@@ -13,7 +13,7 @@ from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, Mod
 from ..formats.gguf import write_gguf
 from ..formats.open import blocks_of, open_model, sha256_of, write_beside
 from ..formats.panels import formats_of, write_panels
-from .console import Parser, Progress, say, status_of
+from .console import Parser, Progress, command, say
 from .convert import check_target, describe, writing
 
 EXAMPLES = """\
@@ -25,11 +25,6 @@ examples:
 
 FORMATS = {"q8_0": Q8_0, "q4_0": Q4_0, "f16": FLOAT16, "bf16": BFLOAT16, "f32": FLOAT32}
 HEADS = {"q4_0": "q8_0"}  # head's format by layers' format, if they differ: a head in q4_0 loses too much accuracy
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,3 +69,6 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
                 write_beside(target, model.config)
+
+
+main = command(build_parser, run)

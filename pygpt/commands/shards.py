@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import matching, split
-from .console import Parser, Progress, check_stdout, for_terminal, say, status_of, whole
+from .console import Parser, Progress, check_stdout, command, for_terminal, say, whole
 from .options import TOKENIZER_HELP, add_text_options
 
 STDIN = "-"
 Tokens = npt.NDArray[np.integer[Any]]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,3 +161,6 @@ def show(path: str, count: int, tokenizer: Tokenizer) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.write(content + b"\n")
     sys.stdout.flush()
+
+
+main = command(build_parser, run)
