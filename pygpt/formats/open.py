@@ -7,6 +7,7 @@ whose reader says what is wrong with it.
 
 import os
 from contextlib import suppress
+from functools import cache
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
@@ -75,12 +76,13 @@ def write_beside(model: str, config: Config) -> None:
 
 
 def set_tokenizer(config: Config, path: str) -> None:
-    """Let a config load its tokenizer from a file when a text needs it: formats/vocabulary.py says from which files."""
+    """Let a config load its tokenizer from a file, once, when a text needs it: formats/vocabulary.py says from which files."""
 
+    @cache
     def load() -> "Tokenizer":
-        from .vocabulary import cached_tokenizer
+        from .vocabulary import load_tokenizer
 
-        return cached_tokenizer(path, V=config.V)
+        return load_tokenizer(path, V=config.V)
 
     config.tokenizer = load
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 from ..errors import DataError, InputError
@@ -34,9 +33,6 @@ def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tok
         return Tokenizer(read_vocabulary(path), V=V)
     except InputError as error:
         raise (error if str(error).startswith((path, repr(path))) else InputError(f"{path}: {error}")) from None
-
-
-cached_tokenizer = lru_cache(maxsize=8)(load_tokenizer)
 
 
 def read_vocabulary(path: str) -> dict[str, Any]:

@@ -484,14 +484,14 @@ def test_end_in_the_middle_of_a_reply_is_one_line(fake: Fake, end: str, named: s
     fake.code(BEGUN + end)
     result = fake.run("hi")
     shown = b"hello there\n" if end.startswith("put") else b"hello\n"
-    assert (result.returncode, result.stdout) == (1, shown)
+    assert (result.returncode, result.stdout) == (2 if "exit(2)" in end else 1, shown)
     assert_one_line_error(result.stderr.decode(), named)
 
 
 @pytest.mark.parametrize("text", [None, b"hi"])
 def test_end_before_any_reply_is_one_line(fake: Fake, text: bytes | None) -> None:
     fake.code("def start():\n    tell('pygpt: error: bad option\\n')\n    sys.exit(2)")
-    assert_refused(fake.run(*([] if text else ["hi"]), text=text), 1, "bad option")
+    assert_refused(fake.run(*([] if text else ["hi"]), text=text), 2, "bad option")
 
 
 def test_number_without_end_is_refused(fake: Fake) -> None:

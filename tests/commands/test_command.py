@@ -482,7 +482,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": [1], "seed": null}', ["'seed'", "null"]),
         (b'{"tokens": [1], "total": null}', ["'total'", "null"]),
         (b'{"tokens": [1], "temperature": "1"}', ["temperature", "'1'"]),
-        (b'{"tokens": [1], "temperature": "' + b"9" * 10_000 + b'"}', ["temperature is '" + 59 * "9"]),
+        (b'{"tokens": [1], "temperature": "' + b"9" * 10_000 + b'"}', ["temperature is", "a finite number above 0"]),
         (b'{"tokens": [1], "temperature": NaN}', ["temperature", "nan"]),
         (b'{"tokens": [1], "temperature": -1}', ["temperature", "-1"]),
         (b'{"tokens": [1], "temprature": 1}', ["'temprature'", "did you mean temperature?"]),

@@ -179,7 +179,7 @@ def test_failures_are_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_p
     def job(ranks: Ranks) -> None:
         with TrainableGPT2.random(CONFIG, seed=1, threads=1) as engine:
             loader = DataLoader(TOKENS, 1, 8)
-            refused(ranks, lambda: Trainer(engine, loader, TrainingOptions(parts=3), ranks), InputError, "parts is 3: 2 ranks")
+            refused(ranks, lambda: Trainer(engine, loader, TrainingOptions(parts=3), ranks), InputError, "is 3: 2 ranks")
             trainer = Trainer(engine, loader, TrainingOptions(parts=2), ranks)
             trainer.step()
             refused(ranks, lambda: trainer.save(tmp_path / "no" / "x.state"), PyGPTError, "No such file")
