@@ -82,44 +82,49 @@ INLINE char *row_at(const void *packed, ptrdiff_t r, ptrdiff_t K) {
     return (char *)packed + r / BAND * BAND * ((K + 15) / 16 * 16 * 4) + r % BAND * row_bytes(K);
 }
 
-/* Combine all lanes of x: `other` has the lanes of x `apart` lanes apart. */
-#define QUAD(n, apart) ((n) ^ (apart)), ((n + 1) ^ (apart)), ((n + 2) ^ (apart)), ((n + 3) ^ (apart))
+/* Combine all lanes of each of the W registers v: lane l of v[0] gets those of v[l]. `a` and `b` are the operands of `combined`. */
+#define EVERY_OTHER(n, odd) 2 * (n) + (odd), 2 * (n) + 2 + (odd), 2 * (n) + 4 + (odd), 2 * (n) + 6 + (odd)
 #if W == 16
-#define TURNED(x, apart) __builtin_shufflevector(x, x, QUAD(0, apart), QUAD(4, apart), QUAD(8, apart), QUAD(12, apart))
+#define HALF(x, y, odd) \
+    __builtin_shufflevector(x, y, EVERY_OTHER(0, odd), EVERY_OTHER(4, odd), EVERY_OTHER(8, odd), EVERY_OTHER(12, odd))
 #elif W == 8
-#define TURNED(x, apart) __builtin_shufflevector(x, x, QUAD(0, apart), QUAD(4, apart))
+#define HALF(x, y, odd) __builtin_shufflevector(x, y, EVERY_OTHER(0, odd), EVERY_OTHER(4, odd))
 #else
-#define TURNED(x, apart) __builtin_shufflevector(x, x, QUAD(0, apart))
+#define HALF(x, y, odd) __builtin_shufflevector(x, y, EVERY_OTHER(0, odd))
 #endif
-#define FOLD_STEP(x, apart, combined) if (W > apart) { const ivec other = TURNED(x, (apart & (W - 1))); x = combined; }
-#define FOLD(x, combined) FOLD_STEP(x, 8, combined) FOLD_STEP(x, 4, combined) FOLD_STEP(x, 2, combined) FOLD_STEP(x, 1, combined)
+#define FOLD_ALL(v, combined)                                                                                            \
+    for (int left = W / 2; left; left /= 2)                                                                              \
+        for (int i = 0; i < left; i++) {                                                                                 \
+            const ivec a = HALF(v[2 * i], v[2 * i + 1], 0), b = HALF(v[2 * i], v[2 * i + 1], 1);                         \
+            v[i] = combined;                                                                                             \
+        }
 
-/* Quantise one group of a row. `inp` has 32 values. */
-INLINE void quantise_group(char *values, float *scale, int32_t *sum, const float *inp) {
+/* As integers, magnitudes keep their order, and NaN is the greatest. */
+INLINE ivec greater(ivec a, ivec b) { return (a & (a > b)) | (b & ~(a > b)); }
+
+/* Quantise `count` groups of a row, at most W. */
+INLINE void quantise_groups(char *values, float *scales, int32_t *sums, const float *inp, int count) {
     const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
-    vec x[GROUP / W];
-    ivec top = {0};
-    UNROLL for (int i = 0; i < GROUP / W; i++) {
-        x[i] = *(const vec_unaligned *)(inp + i * W);
-        const ivec size = (ivec)x[i] & 0x7fffffff; /* compared as integers, magnitudes keep their order, and NaN is the greatest */
-        top = (size & (size > top)) | (top & ~(size > top));
+    ivec tops[W] = {{0}}, totals[W] = {{0}};
+    for (int g = 0; g < count; g++)
+        UNROLL for (int i = 0; i < GROUP / W; i++)
+            tops[g] = greater(tops[g], *(const ivec_unaligned *)(inp + g * GROUP + i * W) & 0x7fffffff);
+    FOLD_ALL(tops, greater(a, b));
+    const vec max = (vec)tops[0], infinity = broadcast(INFINITY), inverse = broadcast(127.0f) / max;
+    const vec scale = choose(max < infinity, max / broadcast(127.0f), broadcast(NAN));
+    const vec factor = choose((max < infinity) & (inverse < infinity), inverse, (vec){0});
+    for (int g = 0; g < count; g++) {
+        UNROLL for (int i = 0; i < GROUP / W; i++) {
+            const vec x = *(const vec_unaligned *)(inp + g * GROUP + i * W);
+            const vec scaled = factor[g] == 0.0f ? (vec){0} : x * broadcast(factor[g]);
+            const ivec q = (ivec)(scaled + broadcast(ROUND)) - 0x4b400000;
+            totals[g] += q;
+            *(bytes_unaligned *)(values + g * GROUP + i * W) = __builtin_convertvector(q, bytes);
+        }
     }
-    FOLD(top, (top & (top > other)) | (other & ~(top > other)));
-    const int32_t bits = top[0];
-    float max, inverse;
-    memcpy(&max, &bits, sizeof max);
-    inverse = 127.0f / max;
-    *scale = max < INFINITY ? max / 127.0f : NAN;
-    if (!(inverse < INFINITY && max < INFINITY)) inverse = 0.0f;
-    ivec total = {0};
-    UNROLL for (int i = 0; i < GROUP / W; i++) {
-        const vec scaled = inverse == 0.0f ? (vec){0} : x[i] * broadcast(inverse);
-        const ivec q = (ivec)(scaled + broadcast(ROUND)) - 0x4b400000;
-        total += q;
-        *(bytes_unaligned *)(values + i * W) = __builtin_convertvector(q, bytes);
-    }
-    FOLD(total, total + other);
-    *sum = total[0];
+    FOLD_ALL(totals, a + b);
+    memcpy(scales, &scale, count * sizeof *scales);
+    memcpy(sums, &totals[0], count * sizeof *sums);
 }
 
 static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
@@ -129,11 +134,11 @@ static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t r
         float *scales = (float *)(values + groups * GROUP);
         int32_t *sums = (int32_t *)(scales + groups);
         ptrdiff_t g = 0;
-        for (; g < K / GROUP; g++) quantise_group(values + g * GROUP, scales + g, sums + g, inp + g * GROUP);
+        for (; g + W <= K / GROUP; g += W) quantise_groups(values + g * GROUP, scales + g, sums + g, inp + g * GROUP, W);
         if (g < groups) {
-            float rest[GROUP] = {0};
+            float rest[W * GROUP] = {0};
             memcpy(rest, inp + g * GROUP, (K - g * GROUP) * sizeof *rest);
-            quantise_group(values + g * GROUP, scales + g, sums + g, rest);
+            quantise_groups(values + g * GROUP, scales + g, sums + g, rest, (int)(groups - g));
         }
     }
 }
