@@ -6,8 +6,6 @@
 Each line of IN is a JSON object with a "prompt" or "tokens", and each line of OUT is its answer. OUT.part holds the answers so
 far, and OUT gets its name when it is complete. To continue a killed job, give the same command. docs/reference/batch.md
 describes the JSON and the files.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
@@ -16,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -27,16 +25,11 @@ from ..cluster import Complete
 from ..errors import InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.text import compress, is_compressed, read_lines, row_of
-from .console import Parser, Progress, say, status_of, whole
+from .console import Parser, Progress, command, say, whole
 from .convert import check_parent, writing
 from .options import add_completion_options, read_options
 
 Row = dict[str, Any]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -214,3 +207,6 @@ def compare(path: str, record: Row) -> None:
         if before.get(key) != record.get(key):
             was, now = shown(before.get(key)), shown(record.get(key))
             raise InputError(f"{path}: the job began with {key} = {was}, not {now}: give the same, or --force to begin again")
+
+
+main = command(build_parser, run)

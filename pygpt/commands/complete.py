@@ -3,14 +3,14 @@
 import argparse
 import codecs
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from time import perf_counter
 
 from .. import __version__
 from ..errors import InputError
 from . import COMMANDS
-from .console import Parser, check_stdout, say, status_of
+from .console import Parser, check_stdout, command, say
 from .options import add_completion_options, add_model_options, parse_id, read_options
 
 TYPE_CHECKING = False
@@ -39,11 +39,6 @@ commands (`pygpt COMMAND --help` shows the options of each):
 """ + "".join(f"  {name:<10}{summary}\n" for name, (_, summary) in COMMANDS.items())
 
 LINE_LIMIT = 1 << 20  # bytes of one request: enough for the longest sequence of any model
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,3 +157,6 @@ def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> 
         return request_from_json(config, text, defaults)
     tokens = [parse_id(word.decode("utf-8", "replace")) for word in text.split()]
     return Request(config, tokens, **defaults) if tokens else None
+
+
+main = command(build_parser, run)

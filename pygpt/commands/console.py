@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -56,6 +56,11 @@ def status_of(job: "Callable[[], int | None]") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush succeeds
         return 141 if isinstance(error, BrokenPipeError) else complain(error, 1)
     return status
+
+
+def command(build_parser: "Callable[[], Any]", run: "Callable[[argparse.Namespace], int | None]") -> "Callable[..., int]":
+    """Return a command's main(arguments=None), which runs it and returns its exit status."""
+    return lambda arguments=None: status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def import_command(name: str) -> "Callable[[Sequence[str]], int]":
@@ -229,6 +234,7 @@ class Progress:
 
     def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
         self._bar: Any = None
+        self._done = done
         self._options = {"total": total, "initial": done, "unit": f" {what}"}
 
     def update(self, done: int, note: str = "") -> None:
@@ -236,6 +242,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note.removeprefix(", "), refresh=False)
             self._bar.update(done - self._bar.n)
+
+    def watch(self, items: "Iterable[Any]", size: "Callable[[Any], int]") -> "Iterator[Any]":
+        """Yield the items, and after each show size(item) more as done."""
+        for item in items:
+            yield item
+            self._done += size(item)
+            self.update(self._done)
 
     def line(self, text: str) -> None:
         """Print a line to stdout, above the bar."""
@@ -254,6 +267,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def plural(count: int, thing: str) -> str:
+    """Return a count with its noun: 1 worker, 2 workers."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def text_of(content: bytes) -> str | None:

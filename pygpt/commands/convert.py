@@ -6,7 +6,7 @@ unchanged, and an incomplete new file is removed.
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import LIMITS
@@ -16,7 +16,7 @@ from ..formats.dtypes import BFLOAT16, FLOAT32, Format, ModelFile
 from ..formats.files import reason
 from ..formats.huggingface import HuggingFaceModel, write_model
 from ..formats.open import open_model, write_beside
-from .console import Parser, say, status_of, whole
+from .console import Parser, command, say, whole
 
 EXAMPLES = """\
 examples:
@@ -29,11 +29,6 @@ examples:
 """
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: say(convert(**vars(build_parser().parse_args(arguments)))))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,3 +135,6 @@ def describe(path: str, model: ModelFile) -> str:
     kind = f"version {model.version}, " if isinstance(model, Checkpoint) else kind
     mixed = isinstance(model, HuggingFaceModel) and len({kind.name for kind in model.formats.values()}) > 1
     return f"{path} ({kind}{'mixed' if mixed else model.format.name}, {model.size} bytes)"
+
+
+main = command(build_parser, lambda options: say(convert(**vars(options))))

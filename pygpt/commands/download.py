@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from .. import __version__
@@ -22,7 +22,7 @@ from ..formats.files import atomic_file
 from ..formats.open import open_model, sha256_of
 from ..hub.find import MODELS, cache_folder, cached_model, is_downloadable, repository_of
 from ..tokenizer import GPT2_V
-from .console import Parser, say, status_of
+from .console import Parser, command, say
 from .convert import check_parent, default_version, describe, version_of, write_bin, writing
 
 EXAMPLES = """\
@@ -42,11 +42,6 @@ LLMC_SHA256 = {  # the sha256 of its files by the model's name; None if it is un
     "gpt2_124M": "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162",
     "gpt2_124M_bf16": None,
 }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -250,3 +245,6 @@ def _warnings_shown() -> Iterator[None]:
             yield
     finally:
         logger.handlers = before
+
+
+main = command(build_parser, run)

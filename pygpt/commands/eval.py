@@ -30,7 +30,7 @@ from ..generation.logprobs import score
 from ..hub.find import find_model
 from ..model import GPT2
 from ..tokenizer import tokenizer_of
-from .console import Parser, Progress, check_stdout, status_of, table, text_of, whole
+from .console import Parser, Progress, check_stdout, command, table, text_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
@@ -39,11 +39,6 @@ LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
 MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -313,3 +308,6 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
 
 
 TASKS: dict[str, Any] = {"perplexity": perplexity, "hellaswag": hellaswag, "next": next_tokens, "compare": compare}
+
+
+main = command(build_parser, run)

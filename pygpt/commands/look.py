@@ -5,8 +5,6 @@
     pygpt look "To be, or not to" --plot pictures -o json
 
 docs/reference/look.md explains the tables and the pictures, and describes the JSON.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
@@ -14,7 +12,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,16 +25,11 @@ from ..inspection.inside import Logit, logit_attribution, logit_lens, loss_by_po
 from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
-from .console import Parser, check_stdout, piece, status_of, text_of, whole
+from .console import Parser, check_stdout, command, piece, text_of, whole
 from .options import THREADS_HELP, TOKENIZER_HELP
 
 LONGEST, LONGEST_PATH = 16, 70  # characters of a token in the tables, and of the model's path
 Result = dict[str, Any]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,3 +148,6 @@ def draw(folder: str, model: GPT2, ids: list[int], result: Result) -> None:
         heat_map(chances, place("lens"), rows=layers, columns=ranks, title=f"after {names[-1]}: probability", cells=tops)
         heat_map(adds, place("heads"), rows=layers[1:], columns=heads, title="what each head adds to the lead")
         heat_map(pattern, place("attention"), rows=names, columns=names, title=f"attention of layer {layer} head {head}")
+
+
+main = command(build_parser, run)

@@ -5,19 +5,16 @@ The four matrices of each layer and wte (head and embedding) are quantised. Posi
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from ..errors import InputError
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, ModelFile
 from ..formats.gguf import write_gguf
 from ..formats.open import blocks_of, open_model, sha256_of, write_beside
 from ..formats.panels import formats_of, write_panels
-from .console import Parser, Progress, say, status_of
+from .console import Parser, Progress, command, say
 from .convert import check_target, describe, writing
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..formats.dtypes import Blocks
 
 EXAMPLES = """\
 examples:
@@ -28,11 +25,6 @@ examples:
 
 FORMATS = {"q8_0": Q8_0, "q4_0": Q4_0, "f16": FLOAT16, "bf16": BFLOAT16, "f32": FLOAT32}
 HEADS = {"q4_0": "q8_0"}  # head's format by layers' format, if they differ: a head in q4_0 loses too much accuracy
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,19 +58,17 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
     gguf = target.endswith(".gguf")
     formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and model.formats["wpe"] == BFLOAT16 else FLOAT32)
     with Progress("weights", model.config.parameters(padded=False)) as progress:
-        done = 0
 
-        def watched(name: str) -> "Iterator[Blocks]":
-            nonlocal done
-            for piece in blocks_of(model, name, formats[name]):
-                yield piece
-                done += piece.size * formats[name].block_values
-                progress.update(done)
+        def watched(name: str, kind: Format) -> Iterator[Any]:
+            return progress.watch(blocks_of(model, name, kind), lambda piece: piece.size * kind.block_values)
 
-        tensors = {name: watched(name) for name, _ in model.config.table}
+        tensors = {name: watched(name, kind) for name, kind in formats.items()}
         with writing(target):
             if gguf:
                 write_gguf(target, model.config, formats, tensors)
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
                 write_beside(target, model.config)
+
+
+main = command(build_parser, run)

@@ -11,18 +11,12 @@ requests have --grace seconds to end. The exit status is then 0 or 130. A second
 
 import argparse
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError, PyGPTError
 from ..generation.request import check_speculation
-from .console import Parser, say, status_of, whole
+from .console import Parser, command, say, whole
 from .options import SPECULATE_HELP, add_model_options, parse_speculation
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,3 +117,6 @@ def open_models(options: argparse.Namespace) -> list[Any]:
         limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))
     return found
+
+
+main = command(build_parser, run)

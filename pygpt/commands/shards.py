@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import matching, split
-from .console import Parser, Progress, check_stdout, for_terminal, say, status_of, whole
+from .console import Parser, Progress, check_stdout, command, for_terminal, say, whole
 from .options import TOKENIZER_HELP, add_text_options
 
 STDIN = "-"
 Tokens = npt.NDArray[np.integer[Any]]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,18 +124,11 @@ def tokenize(texts: list[str], spool: str, options: argparse.Namespace, tokenize
     """Write all tokens to the file `spool`; return them as a mapped array. The split needs their number, known at the end."""
     reading = {"field": options.field, "allow_special": not options.no_special, "tokenizer": tokenizer, "eot": options.eot}
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
-    done = count = 0
-
-    def watched(text: Iterator[str]) -> Iterator[str]:
-        nonlocal done
-        for piece in text:
-            yield piece
-            done += len(piece.encode())
-            progress.update(done)
-
+    count = 0
     with open(spool, "wb") as file, Progress("bytes", total) as progress:
         for name in texts:
-            for tokens in encode_file(watched(read_text(name)), name, **reading):
+            text = progress.watch(read_text(name), lambda piece: len(piece.encode()))
+            for tokens in encode_file(text, name, **reading):
                 file.write(tokens.data)
                 count += len(tokens)
     if not count:
@@ -174,3 +161,6 @@ def show(path: str, count: int, tokenizer: Tokenizer) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.write(content + b"\n")
     sys.stdout.flush()
+
+
+main = command(build_parser, run)

@@ -305,8 +305,9 @@ def test_features_are_those_of_numpy(tmp_path: Path, model: GPT2, subtract: bool
     expected = np.where(before > w.get("threshold", 0), before, 0)
     found = sae.encode(stream)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    exact = SparseAutoencoder(*[np.eye(2, dtype=np.float32), np.zeros(2, np.float32)] * 2, np.float32([1, 2]))
-    assert exact.encode(np.float32([1, 3])).tolist() == [0, 3]  # a feature must be above its threshold
+    eye, zero = np.eye(2, dtype=np.float32), np.zeros(2, np.float32)
+    exact = SparseAutoencoder(eye, zero, eye, zero, np.array([1, 2], np.float32))
+    assert exact.encode(np.array([1, 3], np.float32)).tolist() == [0, 3]  # a feature must be above its threshold
     best = sae.top(stream[2], 4)
     assert [feature for feature, _ in best] == np.argsort(-expected[2])[:4].tolist()
     np.testing.assert_allclose([value for _, value in best], np.sort(found[2])[:-5:-1], rtol=1e-5)  # NumPy's sums vary

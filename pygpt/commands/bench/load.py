@@ -4,16 +4,8 @@
     pygpt bench --serve http://127.0.0.1:8000 --rate 2 -n 100      arrivals at random times, 2 a second on average
     pygpt bench --serve http://127.0.0.1:8000 --clients 8 --long 1000   a prompt of 1,000 tokens joins again and again
 
-Each client sends its next request when it has the answer. The lengths of prompts and answers are log-normal with a sigma of
-0.5, and the token ids are random. The seed decides both, so every run sends the same requests. Times are in milliseconds:
-
-    ttft     from the request to the first token
-    itl      from one token to the next of the same answer
-    tpot     the mean of itl over one answer
-
-JSON (-o json) is a list with one object for each number of clients. It has tokens_per_s (new tokens of all clients), requests,
-failed, seconds, and for ttft, itl and tpot the 50th and 99th percentile and the maximum. equal_to_alone counts the answers that
-are the same when the request is sent again alone (--check).
+The seed decides the lengths of prompts and answers and their token ids, so every run sends the same requests.
+docs/reference/reports.md describes the clients, the times (ttft, itl, tpot) and the JSON.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """Peers of `pygpt bench --against`: other programs that run the same checkpoint in their own processes, alternating with pygpt.
 
-    with Peer("numpy", "gpt2_124M.bin", threads=2) as peer:
-        peer.prefill(512), peer.decode(64, 8)              # seconds
     with Peer("torch", "gpt2_124M.bin", threads=2) as peer:
+        peer.prefill(512), peer.decode(64, 8)              # seconds
         peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
 Each peer has its own process, because the libraries' thread pools and allocators disturb each other and pygpt. Also, the
@@ -25,18 +24,12 @@ from contextlib import AbstractContextManager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...config import Config
 from .measuring import laps, peak_rss_bytes, prompt, seconds_of
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from ...config import Config
-
-    Weights = dict[str, npt.NDArray[np.float32]]
-
+Weights = dict[str, Any]  # float32 arrays by the names of tensors; this process does not import numpy
 # The peers, and the packages that each needs, besides numpy. torch-compile also needs a C++ compiler.
 PEERS: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy",), "torch": ("torch",), "torch-compile": ("torch",), "transformers": ("torch", "transformers"),
@@ -49,6 +42,9 @@ EPSILON = 1e-5
 CLOSE_SECONDS = 2.0  # the time for a child to end by itself
 SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: wait, so that they do not slow the next test
 WARM_UP_TOKENS = 4
+# Variables that the libraries read at import: their numbers of threads, and no network access.
+POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+SETTINGS = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # compile in the child: a compiler process would stay
 
 
 def available() -> list[str]:
@@ -70,8 +66,7 @@ class Peer(AbstractContextManager["Peer"]):
     """An Engine that runs a checkpoint in a child process. Use it in a `with` block, or close() it.
 
     Raises RuntimeError with one line for every failure: an unknown name, a missing package, a file that the child cannot load,
-    a request beyond the model's maxT, a child that died.
-    """
+    a request beyond the model's maxT, a child that died."""
 
     def __init__(self, name: str, model_path: str | os.PathLike[str], threads: int) -> None:
         if name not in PEERS:
@@ -81,8 +76,7 @@ class Peer(AbstractContextManager["Peer"]):
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        given = theirs, name, os.fspath(model_path), threads
-        self.process = context.Process(target=serve, args=given, daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, name, os.fspath(model_path), threads), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the child ends the pipe
         try:
@@ -127,28 +121,17 @@ class Peer(AbstractContextManager["Peer"]):
         return result
 
 
-def library_settings(threads: int) -> dict[str, str]:
-    """Return environment variables that the libraries read at import: the number of threads, and no network access."""
-    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    return {
-        **dict.fromkeys(pools, str(threads)),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile in the child, because compiler processes would stay
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
 class Engine:
     """An implementation of GPT-2 with one sequence. A subclass defines _run(), and Torch's subclasses can train, too."""
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self._warm: set[tuple[str, int, int]] = set()  # the kinds and sizes of calls that ran before
 
     def _run(self, tokens: list[int], start: int) -> Any:
         """Run tokens from position `start`; return the last token's logits.
 
-        start 0 begins a new sequence. With any other start, there is one token.
-        """
+        start 0 begins a new sequence. With any other start, there is one token."""
         raise NotImplementedError
 
     def _last(self, tokens: list[int]) -> Any:
@@ -194,17 +177,15 @@ class Engine:
         """Run one iteration of training on a batch (B, T). adamw: lr, beta1, beta2 and eps.
 
         Return the mean `loss` before the update, and the seconds of `forward`, `backward`, `norm` and `update`. The norm of the
-        gradient is computed but not used.
-        """
+        gradient is computed but not used."""
         raise NotImplementedError("this peer cannot train")
 
 
-def read_weights(path: str) -> "tuple[Config, Weights]":
+def read_weights(path: str) -> tuple[Config, Weights]:
     """Return the sixteen tensors as float32 arrays, with wte unpadded.
 
     The arrays are copies, like those of a peer's own loader. Each piece is read through a separate map, so that the file's
-    pages do not count in the peer's memory.
-    """
+    pages do not count in the peer's memory."""
     import numpy as np
 
     from ...formats.open import open_model
@@ -265,11 +246,8 @@ class NumPyGPT2(Engine):
         return centred
 
     def _gelu(self, x: Any) -> Any:
-        np = self.np
-        inner = x * x
-        inner *= np.float32(0.044715 * (2 / np.pi) ** 0.5)
-        inner += np.float32((2 / np.pi) ** 0.5)
-        inner *= x
+        np, scale = self.np, (2 / self.np.pi) ** 0.5
+        inner = (x * x * np.float32(0.044715 * scale) + np.float32(scale)) * x  # NumPy reuses the array of a temporary result
         np.tanh(inner, out=inner)
         inner += 1
         inner *= x
@@ -280,6 +258,9 @@ class NumPyGPT2(Engine):
 class Torch(Engine):
     """The training of all PyTorch peers, with PyTorch's fused AdamW and weight decay 0."""
 
+    trained: list[Any]  # the network's weights, each once
+    batch: Callable[[Any], Any]  # (B, T) -> logits (B, T, V), with a graph for autograd
+
     def __init__(self, path: str, threads: int) -> None:
         config, self.arrays = read_weights(path)
         super().__init__(config)
@@ -288,19 +269,11 @@ class Torch(Engine):
         self.torch.set_num_threads(threads)
         self.optimizer: Any = None
 
-    def _parameters(self) -> list[Any]:
-        """Return the network's weights, each once."""
-        raise NotImplementedError
-
-    def _batch(self, inputs: Any) -> Any:
-        """Return logits (B, T, V) of a batch (B, T), with a graph for autograd."""
-        raise NotImplementedError
-
     def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
         """Run one iteration. Clearing the gradients is part of the update."""
         torch = self.torch
         if self.optimizer is None:
-            parameters = [parameter.requires_grad_() for parameter in self._parameters()]
+            parameters = [parameter.requires_grad_() for parameter in self.trained]
             lr, *betas, eps = (adamw[name] for name in ("lr", "beta1", "beta2", "eps"))
             self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
         x, y = torch.tensor(inputs), torch.tensor(targets)
@@ -309,7 +282,7 @@ class Torch(Engine):
 
         def forward() -> None:
             nonlocal loss
-            loss = self.functional.cross_entropy(self._batch(x).flatten(0, 1), y.flatten())
+            loss = self.functional.cross_entropy(self.batch(x).flatten(0, 1), y.flatten())
 
         def update() -> None:
             self.optimizer.step()
@@ -330,6 +303,7 @@ class TorchGPT2(Torch):
         self.weights = {name: self.torch.from_numpy(array) for name, array in self.arrays.items()}
         shape = (1, self.config.NH, self.config.maxT, self.config.HS)
         self.keys, self.values = ([self.torch.zeros(shape) for _ in range(self.config.L)] for _ in range(2))
+        self.trained, self.batch = [*self.weights.values()], self._forward
         self.run_prompt: Callable[[Any, int], Any] = self._forward
         self.run_step: Callable[[Any, int], Any] = self._forward
 
@@ -337,7 +311,7 @@ class TorchGPT2(Torch):
         with self.torch.inference_mode():
             return (self.run_step if start else self.run_prompt)(self.torch.tensor([tokens]), start)[0, -1]
 
-    def _forward(self, tokens: Any, start: int | None) -> Any:
+    def _forward(self, tokens: Any, start: int | None = None) -> Any:
         """Return logits (1, 1, V) of the last of the tokens (1, T) at `start`; without a start, (B, T, V) of all tokens."""
         w, layer_norm, linear = self.weights, self.functional.layer_norm, self.functional.linear
         C, first = (self.config.C,), start or 0
@@ -362,12 +336,6 @@ class TorchGPT2(Torch):
         atty = self.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return linear(atty.transpose(1, 2).reshape(B, T, -1), w["attprojw"][i], w["attprojb"][i])
 
-    def _parameters(self) -> list[Any]:
-        return list(self.weights.values())
-
-    def _batch(self, inputs: Any) -> Any:
-        return self._forward(inputs, None)
-
 
 class CompiledGPT2(TorchGPT2):
     """TorchGPT2 under torch.compile, compiled once for each prompt length, and once for steps at any position."""
@@ -391,9 +359,11 @@ class Transformers(Torch):
             self.model = library.GPT2LMHeadModel(library.GPT2Config(**options, attn_implementation="sdpa")).eval()
         self.model.load_state_dict(self._renamed(self.arrays), strict=True, assign=True)
         self.model.tie_weights()  # otherwise wte and the head would be two parameters
+        self.trained = [*self.model.parameters()]
+        self.batch = lambda tokens: self.model(tokens, use_cache=False).logits  # without dropout, because of eval()
         self.cache: Any = None
 
-    def _renamed(self, weights: "Weights") -> dict[str, Any]:
+    def _renamed(self, weights: Weights) -> dict[str, Any]:
         """Return the weights by the library's names and layout. Empties `weights`, so that each is in memory once."""
         from pygpt.formats.huggingface import HEAD, NAMES, PREFIX
 
@@ -411,18 +381,11 @@ class Transformers(Torch):
         self.cache = out.past_key_values
         return out.logits[0, -1]
 
-    def _parameters(self) -> list[Any]:
-        return list(self.model.parameters())
-
-    def _batch(self, inputs: Any) -> Any:
-        return self.model(inputs, use_cache=False).logits  # without dropout, because of eval()
-
 
 class LlamaCpp(Engine):
     """llama.cpp through the C interface of llama-cpp-python. Its Python class would keep the logits of every row.
 
-    The defaults are the fastest settings: keys, values and GELU's table are float16. Logits agree to 2e-3 of the largest.
-    """
+    The defaults are the fastest settings: keys, values and GELU's table are float16. Logits agree to 2e-3 of the largest."""
 
     def __init__(self, path: str, threads: int, format: str | None = None) -> None:
         self.lib: Any = importlib.import_module("llama_cpp")
@@ -459,15 +422,8 @@ class CTranslate2(Engine):
 
     def _generate(self, tokens: list[int], new: int, callback: Callable[[Any], bool] | None = None, **options: Any) -> Any:
         """Run a prompt with the head for its last token only, then generate new - 1 tokens."""
-        return self.generator.generate_batch(
-            [[str(token) for token in tokens]],
-            max_length=new,
-            end_token=[],  # never stop early
-            sampling_topk=1,
-            include_prompt_in_result=False,
-            callback=callback,
-            **options,
-        )[0]
+        options |= {"max_length": new, "end_token": [], "sampling_topk": 1, "include_prompt_in_result": False}  # no early stop
+        return self.generator.generate_batch([[str(token) for token in tokens]], callback=callback, **options)[0]
 
     def _run(self, tokens: list[int], start: int) -> Any:
         self._generate(tokens, 1)
@@ -498,7 +454,7 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
 }  # fmt: skip
 
 
-def convert_to_gguf(path: str, folder: str, format: str | None = None) -> "Config":
+def convert_to_gguf(path: str, folder: str, format: str | None = None) -> Config:
     """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision; return the dimensions."""
     from ...formats.open import open_model
     from ..quantize import FORMATS, HEADS, quantise
@@ -510,11 +466,10 @@ def convert_to_gguf(path: str, folder: str, format: str | None = None) -> "Confi
         return source.config
 
 
-def convert_to_ctranslate2(path: str, folder: str) -> "Config":
+def convert_to_ctranslate2(path: str, folder: str) -> Config:
     """Write CTranslate2's model files from its specification of a decoder; return the dimensions. A word is an id in decimal.
 
-    This does the same as CTranslate2's converter for transformers, without that package and a tokenizer.
-    """
+    This does the same as CTranslate2's converter for transformers, without that package and a tokenizer."""
     library: Any = importlib.import_module("ctranslate2")
     config, weights = read_weights(path)
     spec = library.specs.TransformerDecoderModelSpec.from_config(
@@ -546,7 +501,7 @@ def convert_to_ctranslate2(path: str, folder: str) -> "Config":
 
 def serve(requests: Connection, name: str, path: str, threads: int) -> None:
     """Run the child: load the model and report that, then answer calls of the engine's methods until the pipe ends."""
-    os.environ.update(library_settings(threads))
+    os.environ.update({**dict.fromkeys(POOLS, str(threads)), **SETTINGS})
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):  # libraries print to stdout
         os.dup2(nothing, stream)

@@ -218,8 +218,7 @@ class Training:
     def run(self, model: TrainableGPT2 | SerialTrainableGPT2, *, digest: bool = True) -> tuple[list[Call], str]:
         """Run the job once; return its calls and a digest of all losses, all norms and the final weights.
 
-        Raises NumericalError if a gradient norm is not finite.
-        """
+        Raises NumericalError if a gradient norm is not finite."""
         with open_floats(self.path) as opened:
             model.take(opened)
         for array in (model.gradients, model.first_moments, model.second_moments):
@@ -329,8 +328,7 @@ def assign(calls: list[Call], notes: list[list[Event]]) -> list[Call]:
 
     A step begins with a phase of FIRST, and only after all workers have finished the previous step. So events of another worker
     belong to the last step that worker 0 had begun when the events ended. In a step without barriers, another worker may
-    finish before worker 0 begins. Then its events belong to the next step of worker 0 that begins with the same phase.
-    """
+    finish before worker 0 begins. Then its events belong to the next step of worker 0 that begins with the same phase."""
     mine, *others = (_split(events) for events in notes)
     steps: list[Step] = [[part, *([] for _ in others)] for part in mine]
     for ith, theirs in enumerate(others, 1):
@@ -362,8 +360,7 @@ def _split(events: list[Event]) -> list[list[Event]]:
 def settle(step: Step) -> Step:
     """Add waits so that all workers of a step begin and end together.
 
-    A worker that wakes up early waits for the other workers. A worker that finishes early waits in the pool.
-    """
+    A worker that wakes up early waits for the other workers. A worker that finishes early waits in the pool."""
     present = [events for events in step if events]
     first, up = min(events[0].begin for events in present), max(events[0].begin for events in present)
     last = max(events[-1].left for events in present)

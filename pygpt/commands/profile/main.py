@@ -10,8 +10,6 @@
     pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
 
 docs/reference/reports.md describes the JSON.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse

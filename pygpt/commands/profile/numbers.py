@@ -109,8 +109,7 @@ def moved_by(name: str) -> str:
 def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | None, kind: str = "") -> Row:
     """Return a kernel's operations and bytes per second, and its share of the nearer of two ceilings (roofline model).
 
-    kind: the weight format of a product. If it has integer products, their ceiling replaces that of fused multiply-add.
-    """
+    kind: the weight format of a product. If it has integer products, their ceiling replaces that of fused multiply-add."""
     row: Row = {"flop": flop, "bytes": size, "gflop_s": None, "gb_s": None, "roof": None, "bound": None}
     if self_ns and flop:
         row["gflop_s"], row["gb_s"] = flop / self_ns, size / self_ns
@@ -144,8 +143,7 @@ def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row
     """Predict speed-ups over one thread of the same kernels, from a run with nth workers.
 
     serial: ns in which fewer than all workers compute. parallel: ns in which all compute. The prediction "amdahl" divides the
-    parallel part by n. In "bandwidth", the parallel part takes at least `floor` ns, the time of its bytes at the read ceiling.
-    """
+    parallel part by n. In "bandwidth", the parallel part takes at least `floor` ns, its bytes' time at the read ceiling."""
     alone = serial + nth * parallel
     shares = {"serial_share": serial / (serial + parallel), "serial_fraction": serial / alone}
     found: Row = {"serial_ns": serial, **shares, "one_thread_ns": alone, "predictions": []}
@@ -160,8 +158,7 @@ def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row
 def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | None:
     """Return the least time in ns that the rows' bytes take with all of this machine's threads.
 
-    Return None if the ceiling is unknown, or if the bytes came faster than it allows, because then they came from a cache.
-    """
+    Return None if the ceiling is unknown, or if the bytes came faster than it allows, because then they came from a cache."""
     if not ceilings:
         return None
     most = max(ceilings, key=lambda ceiling: int(ceiling["threads"]))

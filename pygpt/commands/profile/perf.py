@@ -42,28 +42,22 @@ class PerfAbsent(PyGPTError):
 
 
 def sampled(path: str, job: Job, report: Row) -> Row | None:
-    """Return the part of the report about perf, or None with a notice if perf is not installed or not permitted."""
+    """Run the job under perf for about two seconds; return samples, symbols, and the shares of the families of kernels.
+
+    If perf is not installed or not permitted, print a notice and return None."""
     try:
-        return {**look(path, job, report["machine"]["threads"]), "reported": reported(report["kernels"])}
+        perf = shutil.which("perf")
+        if not sys.platform.startswith("linux") or perf is None:
+            raise PerfAbsent("--sample: perf is not installed here: on Linux, install the package linux-perf or linux-tools")
+        opened: Any = job.open(path, report["machine"]["threads"])  # Any hides the kind of model from mypy
+        with tempfile.TemporaryDirectory() as folder, opened as model:
+            data = os.path.join(folder, "perf.data")
+            job.warm_up(model)
+            _record(perf, data, model, job)
+            return {**_report(perf, data), "reported": reported(report["kernels"])}
     except PerfAbsent as error:
         say(str(error))
         return None
-
-
-def look(path: str, job: Job, threads: int) -> Row:
-    """Run the job under perf for about two seconds; return samples, symbols, and the shares of the families of kernels.
-
-    Raises PerfAbsent if perf is not installed or not permitted.
-    """
-    perf = shutil.which("perf")
-    if not sys.platform.startswith("linux") or perf is None:
-        raise PerfAbsent("--sample: perf is not installed here: on Linux, install the package linux-perf or linux-tools")
-    opened: Any = job.open(path, threads)  # Any hides the kind of model from mypy
-    with tempfile.TemporaryDirectory() as folder, opened as model:
-        data = os.path.join(folder, "perf.data")
-        job.warm_up(model)
-        _record(perf, data, model, job)
-        return _report(perf, data)
 
 
 def _record(perf: str, data: str, model: Any, job: Job) -> None:

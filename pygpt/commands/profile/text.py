@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from ...errors import InputError
+from ..console import plural
 from .job import STAGES
 
 WIDTH = 100
@@ -83,11 +84,6 @@ def percent(value: float | None, digits: int = 1) -> str:
 def number(value: float | None, digits: int = 1) -> str:
     """Return a number, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def plural(n: int, thing: str) -> str:
-    """Return a count with its noun: 1 worker, 2 workers."""
-    return f"{n} {thing}{'' if n == 1 else 's'}"
 
 
 def wrap(text: str, indent: str = "") -> str:

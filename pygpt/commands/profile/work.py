@@ -18,8 +18,7 @@ def forward(
 ) -> Work:
     """Return the work of `rows` rows after `position` others, in equal steps, with the logits of `wanted` rows.
 
-    sequences: in training, how many sequences share the rows; 0 for generation.
-    """
+    sequences: in training, how many sequences share the rows; 0 for generation."""
     L, C, F, V, T = config.L, config.C, config.F, config.V, rows // (sequences or 1)
     pairs = (sequences or 1) * (T * position + T * (T + 1) // 2)  # number of (row, visible key)
     seen = sum(position + rows * step // steps for step in range(1, steps + 1))  # number of keys that the steps read

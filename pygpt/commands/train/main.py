@@ -16,7 +16,6 @@ import platform
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -38,7 +37,8 @@ from ...training.parallel import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Trainer, open_ranks
-from ..console import Parser, Progress, check_stdout, say, status_of, whole
+from ..bench.measuring import laps
+from ..console import Parser, Progress, check_stdout, plural, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options, parse_number
 from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
 
@@ -329,7 +329,7 @@ class Run:
         except Exception as error:
             self.rescue(error)
             raise
-        made = counted(trainer.done)
+        made = plural(trainer.done, "step")
         if stop.signal is None and trainer.done == self.begun:
             made += " were done before: a larger --steps continues the run"
         ended = made if stop.signal is None else f"stopped by {stop.signal.name} after {made}"
@@ -405,12 +405,7 @@ class Run:
             state, other = self.output.state, ""
             if suspect and self.saved == self.trainer.done and os.path.exists(f"{state}.1"):
                 other = f" ({state}.1 after fewer)"
-            say(f"{state} contains the run after {counted(self.saved)}{other}; then training failed:")
-
-
-def counted(steps: int) -> str:
-    """Return a number of steps with its noun."""
-    return f"{steps} step{'' if steps == 1 else 's'}"
+            say(f"{state} contains the run after {plural(self.saved, 'step')}{other}; then training failed:")
 
 
 def run_check(given: dict[str, Any]) -> None:
@@ -486,15 +481,7 @@ def run_estimate(given: dict[str, Any]) -> None:
 def measure(config: Config, B: int, T: int, threads: int | None) -> tuple[float, float, int]:
     """Return the seconds of one micro-batch and of one update on this machine, the best of three, and the threads."""
     ids = np.arange(B * T, dtype=np.int32).reshape(B, T) % config.V
-    batches, updates = [], []
     with TrainableGPT2(config, threads=threads) as engine:
-        for step in range(1, 4):
-            start = time.perf_counter()
-            engine.forward(ids, ids)
-            engine.backward()
-            middle = time.perf_counter()
-            engine.gradient_norm()
-            engine.update(lr=0.0, step=step)
-            batches.append(middle - start)
-            updates.append(time.perf_counter() - middle)
-        return min(batches), min(updates), engine.threads
+        parts = partial(engine.forward, ids, ids), engine.backward, engine.gradient_norm, partial(engine.update, lr=0.0, step=1)
+        found = [laps(*parts)[1] for _ in range(3)]
+        return min(sum(seconds[:2]) for seconds in found), min(sum(seconds[2:]) for seconds in found), engine.threads
