@@ -83,16 +83,15 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 COMMAND = f"""{BEGIN}{PREAMBLE}
-from pygpt.commands import complete
-run = complete.run
+from pygpt.commands.complete import build_parser, run
+from pygpt.commands.console import command
 
 def job(options):
     sys.stderr.write("ready\\n")
     sys.stderr.flush()
     run(options)
 
-complete.run = job
-sys.exit(complete.main(sys.argv[1:]))
+sys.exit(command(build_parser, job)(sys.argv[1:]))
 """
 API = f"""{BEGIN}{PREAMBLE}
 from pygpt.commands.console import status_of
