@@ -247,7 +247,6 @@ cdef class KeysValues:
     cdef readonly Py_ssize_t capacity
     cdef readonly Py_ssize_t length
     cdef Py_ssize_t ahead           # length plus the rows of the step in preparation
-    cdef void expect_many(self) noexcept
 
 
 cdef class Trace:

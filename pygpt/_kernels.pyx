@@ -613,8 +613,7 @@ cdef class Weights:
 
 cdef class KeysValues:
     """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Positions below `length` are committed. Unused
-    positions do not take memory, because the system allocates a page at its first write. But if the first tokens fill half of
-    the capacity, huge pages are allocated: their first writes take a sixth of the time."""
+    positions do not take memory, because the system allocates a page at its first write."""
 
     def __init__(self, Weights weights not None, Py_ssize_t capacity):
         self.weights = weights
@@ -628,12 +627,6 @@ cdef class KeysValues:
     def nbytes(self) -> int:
         """Bytes of both arrays if every position is used."""
         return 2 * self.keys.shape[0] * self.keys.strides[0]
-
-    cdef void expect_many(self) noexcept:
-        """Ask for huge pages if the cache is empty and large: half of its positions will be written now."""
-        if not self.length and self.keys.mapped >= huge_page:
-            ask_huge_pages(self.keys.data, self.keys.mapped)
-            ask_huge_pages(self.values.data, self.values.mapped)
 
     def _truncate(self, Py_ssize_t length) -> None:
         self.length = min(self.length, max(length, 0))
@@ -763,8 +756,6 @@ cdef class Step:
             if want:
                 s.wanted[s.W] = r
                 s.W += 1
-            if cache.ahead == (cache.capacity + 1) // 2:
-                cache.expect_many()
             longest = max(longest, cache.ahead)
             r += 1
         s.R = r
@@ -1195,8 +1186,6 @@ def copy_keys_values(KeysValues to not None, KeysValues source not None, length=
     if to.weights is not source.weights or to.length or to.capacity < count:
         raise InputError("the target must be an empty cache of the same model, with room for all rows")
     size = count * width * sizeof(float)
-    if 2 * count >= to.capacity:
-        to.expect_many()
     with nogil:
         for i in range(rows):
             memcpy(to.keys.data + i * to.capacity * width, source.keys.data + i * source.capacity * width, size)

@@ -32,8 +32,7 @@ class KVCache(KeysValues):
     """Keys and values of one sequence, made with GPT2.new_cache(). It holds `length` tokens of at most `capacity`.
 
     GPT2.step() appends to it. A position takes memory when it is first used: L * 2 * C float32 values, each head rounded up
-    to 16 channels. But if the first prompt fills half of a large cache, all positions take memory. Raises InputError for a
-    capacity outside 1 to maxT, and MemoryError if the address space has no room."""
+    to 16 channels. Raises InputError for a capacity outside 1 to maxT, and MemoryError if the address space has no room."""
 
     def __init__(self, weights: Weights, config: Config, capacity: "SupportsIndex | None" = None) -> None:
         capacity = config.maxT if capacity is None else capacity
