@@ -6,6 +6,7 @@ corpus and some mutations, tools/fuzz.py as many as you like. All inputs are byt
 """
 
 import hashlib
+import codecs
 import io
 import json
 import os
@@ -796,7 +797,7 @@ class ServeTarget(Target):
         """The answers, of random ones only how long they are, and the exit status."""
         expected: list[list[int] | int] = []
         for line in io.BytesIO(data):
-            request = self.understand(line.strip())
+            request = self.understand(line.removeprefix(codecs.BOM_UTF8).strip())
             if request is None or len(line) > 1 << 20:
                 return expected, 2
             if not request:
