@@ -5,8 +5,8 @@ A target has valid inputs of tiny shapes, their mutations, and check(), which tr
 corpus and some mutations, tools/fuzz.py as many as you like. All inputs are bytes.
 """
 
-import hashlib
 import codecs
+import hashlib
 import io
 import json
 import os
