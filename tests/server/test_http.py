@@ -421,7 +421,10 @@ def test_slow_clients(path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) 
         began = time.monotonic()
         connection.sock.sendall(sent)
         if b"text/plain" in sent:
-            assert connection.sock.recv(4096)[:12] == b"HTTP/1.1 415"
+            refused = connection.sock.recv(4096)
+            while not refused.endswith(b"}}"):  # the body may come after the headers
+                refused += connection.sock.recv(4096)
+            assert refused[:12] == b"HTTP/1.1 415"
             connection.sock.sendall(b"{")
         answer = b"".join(iter(lambda: connection.sock.recv(4096), b""))
         connection.close()
