@@ -1,6 +1,6 @@
 """The structures that the forward pass moves through: dimensions and weights (Net), activations (State), one token (Row)."""
 
-from libc.math cimport sqrtf
+from libc.math cimport isfinite, sqrtf
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 
@@ -116,7 +116,11 @@ cdef extern from "sampler.h" nogil:
         uint64_t seed, step
         uint32_t stream
 
-    ptrdiff_t race_id(const float* e, ptrdiff_t V, const noise_source*, noise_function* noise)
+    ctypedef struct unweighed:
+        const float* x
+        double max, temperature, min_p
+        exps_function* exps
+    ptrdiff_t race_id(const float* e, const unweighed*, ptrdiff_t V, const noise_source*, noise_function* noise)
     double natural_log(double x)
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)

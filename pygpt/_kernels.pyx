@@ -1150,7 +1150,21 @@ def race(Floats weights not None, uint64_t seed, uint32_t stream, uint64_t step)
     cdef noise_source source = noise_source(seed=seed, step=step, stream=stream)
     cdef Py_ssize_t token
     with nogil:
-        token = race_id(weights.data, weights.shape[1], &source, micro.noise)
+        token = race_id(weights.data, NULL, weights.shape[1], &source, micro.noise)
+    return token
+
+
+def draw(const float[:, ::1] logits not None, Py_ssize_t row, *, double temperature, double min_p, uint64_t seed,
+         uint32_t stream, uint64_t step) -> int:
+    """Choose the id that race() chooses by the sample_weights() of a row of (rows, V) without top_k and top_p. The temperature
+    is 0.001 to 1000. Returns -1 if the logits are not finite."""
+    cdef noise_source source = noise_source(seed=seed, step=step, stream=stream)
+    cdef unweighed values = unweighed(row_of(logits, row), 0, temperature, min_p, micro.exps)
+    cdef Py_ssize_t token = -1, V = logits.shape[1]
+    with nogil:
+        values.max = highest(values.x, V)
+        if isfinite(values.max):
+            token = race_id(NULL, &values, V, &source, micro.noise)
     return token
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_HELP = "use this vocabulary: tokenizer.json, vocab.json, llm.c's tokenizer.bin, .gguf (default: the model's own)"
 THREADS_HELP = "threads (default $PYGPT_THREADS, else one per usable core)"
-SPECULATE_HELP = "guess tokens ahead and check them: auto (the fastest number), a number, or off (default); the same tokens"
+SPECULATE_HELP = "guess tokens ahead and check them: auto (the fastest number), a number, or off; the same tokens"
 DRAFT_HELP = """the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so \
 far), or a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"""
 CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
@@ -49,7 +49,7 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
     add("--stop-at-eot", action=argparse.BooleanOptionalAction, help=eot)
     full = "when the model's context is full: stop, or slide to keep its latest half (default: refuse; in chat, drop the start)"
     add("--overflow", metavar="HOW", help=full)
-    add("--speculate", dest="speculation", metavar="K", help=SPECULATE_HELP)
+    add("--speculate", dest="speculation", metavar="K", help=f"{SPECULATE_HELP} (default off)")
 
 
 def add_model_options(add: "Callable[..., object]", *, stops: str = "") -> None:

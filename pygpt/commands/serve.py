@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--api-key", metavar="KEY", action="append", default=[], help="require this key; may be repeated")
     add("--api-key-file", metavar="FILE", help="require one of the keys in this file, one key a line")
     add_model_options(add)
-    add("--speculate", metavar="K", help=f"for requests without the field speculation: {SPECULATE_HELP}")
+    guesses = f"for requests without the field speculation: {SPECULATE_HELP} (default auto)"
+    add("--speculate", metavar="K", default="auto", help=guesses)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
     add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     for origin in options.origins:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
-    speculation = parse_speculation(options.speculate or "off")
+    speculation = parse_speculation(options.speculate)
     check_speculation(speculation)
     keys = options.api_key + ([] if options.api_key_file is None else _keys(options.api_key_file))
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):

@@ -149,6 +149,11 @@ static inline void keep_top(float *e, const float *x, ptrdiff_t V, const sample_
     if (o->top_p < 1.0) keep_only(e, order, spare, top_p_of(e, order, n, o->top_k > 0 ? o->top_p * sum_of(e, V) : share), V);
 }
 
+static inline void weigh(float *e, const float *x, ptrdiff_t V, double max, double temperature, exps_function *exps) {
+    for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / temperature);
+    exps(e, e, 0.0f, V);
+}
+
 /* Compute the weights (V,) for sampling: exp of the logits divided by the temperature, 1 for the highest. Then top_k, top_p and
  * min_p, in this order, set the weights of the ids that they exclude to 0. Of equal logits top_p takes the higher id first; in
  * Hugging Face the sort decides. Returns 0 if the logits are not finite, else 1. `order` and `spare` have room for V ids.
@@ -157,8 +162,7 @@ static inline int sample_weights_of(float *e, const float *x, ptrdiff_t V, const
                                     exps_function *exps) {
     const double max = highest(x, V);
     if (!isfinite(max)) return 0;
-    for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / o->temperature);
-    exps(e, e, 0.0f, V);
+    weigh(e, x, V, max, o->temperature, exps);
     if (o->top_k > 0 || o->top_p < 1.0) keep_top(e, x, V, o, order, spare);
     for (ptrdiff_t i = 0; i < V; i++) e[i] = e[i] < o->min_p ? 0.0f : e[i];
     return 1;
@@ -197,27 +201,57 @@ static inline double uniform_of(uint32_t upper, uint32_t lower) {
 /* Return -ln(1 - v), which is exponentially distributed if v is uniform. */
 static inline double exponential_of(double v) { return v < 0x1p-26 ? v * (1 + v / 2) : -natural_log(1 - v); }
 
+typedef struct {
+    const float *x; /* logits (V,), and the highest one */
+    double max, temperature, min_p; /* the temperature is 0.001 to 1000 */
+    exps_function *exps;
+} unweighed;
+
+/* Compute upper bounds, at most 1% too high, of the weights of ids [start, start + n): 2^t with a cubic for t's fraction. The
+ * least bound is 2^-125, because 2^t must stay a normal number. */
+static inline void bound_weights(float *w, const unweighed *logits, ptrdiff_t start, ptrdiff_t n) {
+    const float *const x = logits->x + start, max = (float)logits->max;
+    const float scale = (float)(1.4426950408889634 / logits->temperature);
+    for (ptrdiff_t i = 0; i < n; i++) w[i] = (x[i] - max) * scale;
+    for (ptrdiff_t i = 0; i < n; i++) w[i] = w[i] > -125.0f ? w[i] : -125.0f; /* in a loop of its own, or gcc makes branches */
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const int32_t whole = (int32_t)w[i]; /* rounds up, so the fraction is above -1 */
+        const float f = w[i] - (float)whole;
+        const float part = 1.004f * (0.99986f + f * (0.69069f + f * (0.22967f + f * 0.038912f)));
+        uint32_t bits;
+        memcpy(&bits, &part, sizeof bits);
+        bits += (uint32_t)whole << 23;
+        memcpy(&w[i], &bits, sizeof bits);
+    }
+}
+
 /* Choose an id with a probability that is proportional to its weight: the id with the least E / weight, where E is the id's
  * exponentially distributed number. This is the Gumbel-max rule: the same as the highest ln(weight) + Gumbel noise. Weights that
  * differ slightly nearly always give the same id for the same noise, so a draft can follow the choice. Returns -1 if no weight
  * is above 0. Ids that cannot win are skipped by the upper bits of v alone, because E >= v.
  *
+ * e: the weights; or NULL, and then finite logits give them, but only in blocks where any id can win.
  * Sources: Gumbel 1954; Maddison et al. 2014 (A* sampling). */
-static inline ptrdiff_t race_id(const float *e, ptrdiff_t V, const noise_source *from, noise_function *noise) {
+static inline ptrdiff_t race_id(const float *e, const unweighed *logits, ptrdiff_t V, const noise_source *from,
+                                noise_function *noise) {
     uint32_t upper[256], lower[256];
+    float own[256];
+    const double least = e ? 0.0 : logits->min_p;
     double best = INFINITY;
     ptrdiff_t found = -1;
     for (ptrdiff_t start = 0; start < V; start += 256) {
         const ptrdiff_t n = V - start < 256 ? V - start : 256;
         const float limit = (float)(best * 0x1.00001p24); /* a little more than best: the product below is rounded */
-        const float *const w = e + start;
+        const float *const w = e ? e + start : own;
         int any = 0;
+        if (!e) bound_weights(own, logits, start, n);
         noise_words(upper, from, start / 256, 0, noise);
         for (ptrdiff_t i = 0; i < n; i++) any |= (float)(int32_t)(upper[i] >> 8) <= limit * w[i];
         if (!any) continue;
+        if (!e) weigh(own, logits->x + start, n, logits->max, logits->temperature, logits->exps);
         noise_words(lower, from, start / 256, 1, noise);
         for (ptrdiff_t i = 0; i < n; i++)
-            if (w[i] > 0.0f && (float)(int32_t)(upper[i] >> 8) <= limit * w[i]) {
+            if (w[i] > 0.0f && w[i] >= least && (float)(int32_t)(upper[i] >> 8) <= limit * w[i]) {
                 const double time = exponential_of(uniform_of(upper[i], lower[i])) / w[i];
                 if (time < best) best = time, found = start + i;
             }

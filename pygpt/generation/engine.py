@@ -203,14 +203,14 @@ class Engine(Uncopied):
             jobs = dict.fromkeys(part.sequence.job for part in plan if part.sequence.edits is watch.editing)
             return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
-        if looked:
-            self.speculator.note(len(plan), len(rows) - len(plan), seconds)
         singles = sum(len(part.tokens) == 1 for part in plan)
         if self._clock is not None and 0 < singles < len(plan):
             self._clock.note(len(rows) - singles, seconds)
         for part in plan:
             part.memory.note(part.tokens)
         events = self._choose(plan, logits)
+        if looked:
+            self.speculator.note(len(plan), len(rows) - len(plan), time.perf_counter() - began)
         self._drop_ended()
         return late + events
 

@@ -13,7 +13,7 @@ The reference and the fast path call the same functions.
 
 import os
 
-from .._kernels import greedy, median, race, sample_weights
+from .._kernels import draw, greedy, median, race, sample_weights
 from ..errors import InputError, NumericalError, check_flag, check_number, check_whole, real, shown
 
 TYPE_CHECKING = False
@@ -94,12 +94,15 @@ class Sampler:
         Raises NumericalError if the row is not finite."""
         if seed is None:
             return sample(self.name, logits, row)
-        weights = sample_weights(
-            logits, row, temperature=self.temperature, top_k=min(self.top_k, 1 << 62), top_p=self.top_p, min_p=self.min_p
-        )
-        if weights is None:
+        shape = {"temperature": self.temperature, "min_p": self.min_p}
+        if self.top_k == 0 and self.top_p == 1 and 1e-3 <= self.temperature <= 1e3:
+            token = draw(logits, row, **shape, seed=seed, stream=stream, step=step)
+        else:
+            weights = sample_weights(logits, row, **shape, top_k=min(self.top_k, 1 << 62), top_p=self.top_p)
+            token = -1 if weights is None else race(weights, seed, stream, step)
+        if token < 0:
             raise not_finite()
-        return race(weights, seed, stream, step)
+        return token
 
 
 def _name(name: str | None, do_sample: bool | None, option: str | None, *, zero: bool) -> str:

@@ -23,9 +23,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .prefix import AnyNetwork
 
-MOST = 8  # guesses in one step: more are rarely all right
+MOST = 12  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup needs
-WORTH = 1.02  # the least predicted gain
+WORTH = 1.1  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
 PATIENCE = 64  # tokens, at least, before a draft that does not seem to pay guesses again
 LOOK_S = 5e-6  # of one sequence in a step, to look for guesses
@@ -33,7 +33,10 @@ LOOKS = 0.1  # plain steps: when looks in vain have taken so long, the sequence 
 IN_VAIN = 0.005  # the share of time for looks and guesses of a sequence that do not pay: it rests in between
 QUICK_S = 0.0005  # a plain step that is shorter reads its weights from a cache: weights are not quantised for it
 SOON = 48  # the fewest tokens still to come for which weights are quantised
-MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
+FEW = 4  # sequences: with more, guesses gain little, and then lose it, because some sequences end much earlier than others
+ROWS = 16  # of a step with guesses: more rows make a step bound by arithmetic
+SURE = 1.5  # a predicted gain that needs no fresh times
+FRESH = 16  # steps: for a smaller gain, the next step is plain after so many with guesses, to measure its time again
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
 
 
@@ -155,19 +158,23 @@ class Speculator:
     def __init__(self, draft: Callable[[bool], Draft | None]) -> None:
         """draft(make) returns the draft, or None if there is none. It makes a missing draft only if `make` is True."""
         self._draft = draft
-        self._plain: float | None = None  # seconds of a step with one row for each sequence
+        self._plains: dict[int, float] = {}  # for numbers of sequences, seconds of a step with one row for each
         self._row: float | None = None  # seconds of one more row
+        self._age = 0  # steps with guesses since the latest plain one
+        self._gain = 0.0  # the highest predicted one of the sequences of a step
         self.drafted = self.accepted = 0
 
     def guess(self, parts: list[tuple[Completion, Memory, Speculation]], sequences: int) -> list[list[int]]:
         """Return the guesses for some of the `sequences` of the next step, all of which decode."""
         found: list[list[int]] = [[] for _ in parts]
-        limit = min(MOST, MIXED_ROWS // sequences)
+        limit = min(MOST, ROWS // sequences - 1) if sequences <= FEW else 0
+        plain = self._plains.get(sequences)
+        self._gain = 0.0
         wanted: list[tuple[int, int]] = []
         for i, (completion, memory, state) in enumerate(parts):
             fixed = completion.speculation or 0
             state.vain += LOOK_S
-            if not fixed and self._plain is not None and state.vain > LOOKS * self._plain / sequences:
+            if not fixed and plain is not None and state.vain > LOOKS * plain / sequences:
                 state.rest, state.vain = len(completion.sequence) + int(LOOKS / IN_VAIN), 0.0
             room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, fixed or limit)
             if room < 1:
@@ -179,6 +186,8 @@ class Speculator:
                 found[i] = looked[:-count]
             elif count:
                 wanted.append((i, count))
+        if self._age >= FRESH and 0 < self._gain < SURE:
+            return [[] for _ in parts]
         if wanted and (draft := self._draft(True)) is not None:
             guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted])
             for (i, _), tokens in zip(wanted, guesses, strict=True):
@@ -189,9 +198,9 @@ class Speculator:
         """Return how many tokens the draft should guess; -n means to take n tokens of the lookup. All times are in plain
         steps of one of the sequences. Until a guess, or a row of a guess, is timed, there is only one."""
         fixed, draft = completion.speculation, self._draft(False)
-        if self._plain is None and not fixed:
+        if sequences not in self._plains and not fixed:
             return 0
-        plain = self._plain or 1.0
+        plain = self._plains.get(sequences, 1.0)
         row = ROW if self._row is None else self._row * sequences / plain
         guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
         by_lookup, looks = state.lookups.best(len(looked) if fixed or self._row is not None else min(len(looked), 1), row)
@@ -200,7 +209,8 @@ class Speculator:
         may_draft = draft is not None or (completion.guesses >= SOON and plain >= QUICK_S)
         new = draft is None or draft.seconds is None
         by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)
-        if max(by_lookup, by_draft) >= WORTH:
+        if (gain := max(by_lookup, by_draft)) >= WORTH:
+            self._gain = max(self._gain, gain)
             return -looks if by_lookup >= by_draft else drafts
         length, due = len(completion.sequence), state.due
         if not drafts or length < due:
@@ -209,11 +219,13 @@ class Speculator:
         return min(due, 1)
 
     def note(self, sequences: int, guesses: int, seconds: float) -> None:
-        """Note the time of a step with one row for each sequence and so many rows of guesses."""
+        """Note the time of a step with one row for each sequence and so many rows of guesses, choices included."""
+        self._age = self._age + 1 if guesses else 0
+        plain = self._plains.get(sequences)
         if not guesses:
-            self._plain = mean(self._plain, seconds)
-        elif self._plain is not None:
-            self._row = mean(self._row, max(seconds - self._plain, 0.0) / guesses)
+            self._plains[sequences] = mean(plain, seconds, 0.3)
+        elif plain is not None:
+            self._row = mean(self._row, max(seconds - plain, 0.0) / guesses, 0.2)
 
     def check(self, completion: Completion, state: Speculation, guesses: list[int], right: int, token: int | None) -> None:
         """Note that of these guesses the first `right` were right; the token after them was `token`."""
@@ -223,7 +235,7 @@ class Speculator:
         if state.drafted:
             state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
         if right:
-            state.vain = -right * (self._plain or 0)
+            state.vain = -right * self._plains.get(1, 0.0)
 
 
 def mean(before: float | None, now: float, weight: float = 0.1) -> float:

@@ -277,7 +277,8 @@ class Run:
         try:
             while not self._gone:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), PING_S)
+                    async with asyncio.timeout(PING_S):  # wait_for() would make a task for each token
+                        await self._wake.wait()
                 if self._error is not None:
                     error = reported(self._error)
                     if not self._begun:

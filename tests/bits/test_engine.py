@@ -21,7 +21,7 @@ from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
 from pygpt.generation.prefix import Memory
 from pygpt.generation.request import Request
-from pygpt.generation.speculate import MIXED_ROWS, MOST, WORTH, Draft, Share, Speculation, Speculator
+from pygpt.generation.speculate import FEW, FRESH, MOST, ROWS, WORTH, Draft, Share, Speculation, Speculator
 from pygpt.network import KVCache, Network
 
 MAXT = 24
@@ -231,15 +231,33 @@ def test_what_does_not_pay_is_tried_rarely(model: GPT2, monkeypatch: pytest.Monk
 
 
 def test_many_sequences_guess_fewer_tokens_each() -> None:
-    """More rows in one step would be bound by arithmetic."""
+    """More rows in one step would be bound by arithmetic, and more than FEW sequences get no guesses."""
     speculator = Speculator(lambda make: None)
     memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
-    speculator.note(1, 0, 1.0)
-    speculator.note(1, 9, 1.0)  # rows of guesses cost nothing
-    for sequences, guesses in ((1, MOST), (MIXED_ROWS // 3, 3)):
+    for sequences, guesses in ((1, MOST), (3, ROWS // 3 - 1), (FEW, ROWS // FEW - 1), (FEW + 1, 0)):
+        speculator.note(sequences, 0, 1.0)
+        speculator.note(sequences, 9, 1.0)  # rows of guesses cost nothing
         completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
         found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)], sequences)
         assert [len(one) for one in found] == [guesses] * sequences
+
+
+def test_small_gains_need_fresh_times() -> None:
+    """Plain steps have other times later, so a step is plain from time to time, unless the gain is large. Each number of
+    sequences has its own time."""
+    for row_s, fresh in ((0.2, True), (0.0, False)):
+        speculator = Speculator(lambda make: None)
+        memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
+        completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
+        counts = []
+        for _ in range(2 * FRESH + 4):
+            [guesses] = speculator.guess([(completion, memory, Speculation())], 1)
+            speculator.note(1, len(guesses), 1.0 + row_s * len(guesses))
+            counts.append(len(guesses))
+        plain = [step for step, count in enumerate(counts) if not count]
+        assert plain == ([0, FRESH + 1, 2 * FRESH + 2] if fresh else [0])
+    twice = [(completion, memory, Speculation()) for _ in range(2)]
+    assert speculator.guess(twice, 2) == [[], []]  # the time of a step for two sequences is not known yet
 
 
 def test_guesses_are_checked_one_after_the_other(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:

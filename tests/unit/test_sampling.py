@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pygpt import InputError, NumericalError, TokenInfo, cpu_info
-from pygpt._kernels import Floats, log_probabilities, race, sample_weights, select_isa
+from pygpt._kernels import Floats, draw, log_probabilities, race, sample_weights, select_isa
 from pygpt.generation.logprobs import token_info
 from pygpt.generation.sampling import Sampler
 
@@ -127,6 +127,31 @@ def test_the_least_time_wins(V: int, seed: int, stream: int, step: int, scale: f
     values[rng.integers(V)] = 1
     times = [exponential(seed, stream, step, i) / float(values[i]) if values[i] else math.inf for i in range(V)]
     assert race(found, seed, stream, step) == min(range(V), key=lambda i: (times[i], i))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    V=st.sampled_from([1, 2, 255, 256, 257, 700, 5000]),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([0.0, 0.1, 3.0, 50.0, 3e38]),
+    temperature=st.sampled_from([1e-3, 0.1, 0.8, 1.0, 1.7, 1e3]),
+    min_p=st.sampled_from([0.0, 0.05, 0.9, 1.0]),
+    equal=st.booleans(),
+)
+def test_weights_are_computed_only_where_an_id_can_win(
+    V: int, seed: int, stream: int, scale: float, temperature: float, min_p: float, equal: bool
+) -> None:
+    """draw() gives the id that race() gives by all weights. The step decides which id wins, so many steps are tried."""
+    rng = np.random.default_rng(seed % 2**32)
+    logits = np.float32(scale) * rng.standard_normal((1, V), np.float32).clip(-1, 1)
+    logits = np.where(rng.random(logits.shape) < 0.5, logits[0, 0], logits) if equal else logits
+    row = np.ascontiguousarray(logits, np.float32).data
+    weights = sample_weights(row, 0, temperature=temperature, top_k=0, top_p=1.0, min_p=min_p)
+    assert weights is not None
+    for step in range(20):
+        token = draw(row, 0, temperature=temperature, min_p=min_p, seed=seed, stream=stream, step=step)
+        assert token == race(weights, seed, stream, step)
 
 
 def test_no_weight_gives_no_token() -> None:

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("-r", "--rounds", metavar="N", type=whole(1, 1000), default=3, help=rounds)
     add("--sampler", metavar="NAME", choices=("median", "greedy"), help="median (default) or greedy")
-    add("--speculate", metavar="K", help=SPECULATE_HELP)
+    add("--speculate", metavar="K", help=f"{SPECULATE_HELP} (default off)")
     add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--by-layer", action="store_true", help="add a table of the layers")
     parts = f"leave out parts of the report: all, or some of {','.join(PARTS)}"
