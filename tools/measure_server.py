@@ -8,7 +8,7 @@ The tool starts the server of this checkout. An other server must run already, w
 
     load       tokens a second and times of `pygpt bench --serve` for each number of --clients, all servers in turns
     long       the same with 8 clients, while prompts of 1,000 tokens join one after the other
-    overhead   8 requests at once over HTTP, in turns with generate_batch() in this process: the median ratio, in per cent
+    overhead   8 requests at once for whole answers over HTTP, in turns with generate_batch(): the median ratio, in %
     cached     milliseconds to the first token of prompts whose first 512 tokens are in the prefix cache
     cancel     steps that a stream still runs after its client has left, and the milliseconds until the server is idle
 
@@ -29,6 +29,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,6 @@ def measured(address: str, options: argparse.Namespace, clients: int, *more: str
 
 def overhead(address: str, options: argparse.Namespace, rounds: int) -> dict[str, Any]:
     """Compare 8 requests at once over HTTP with generate_batch(), in turns."""
-    asked = settings(address, options)
     length, new = options.context // 8, options.context // 8
     times: dict[str, list[float]] = {"http": [], "batch": []}
     with GPT2.load(options.model, threads=int(options.threads) if options.threads else None) as model:
@@ -90,11 +90,11 @@ def overhead(address: str, options: argparse.Namespace, rounds: int) -> dict[str
             began = time.perf_counter()
             wanted = model.generate_batch(prompts, max_new_tokens=new, sampler="greedy")
             middle = time.perf_counter()
-            answers = asyncio.run(together(asked, prompts, new))
+            answers = together(address, prompts, new)
             ended = time.perf_counter()
             for completion, answer in zip(wanted, answers, strict=True):
-                if answer is None or answer[0] != decode(completion.tokens):
-                    raise PyGPTError("a request over HTTP failed, or its answer is not that of generate_batch()")
+                if answer != decode(completion.tokens):
+                    raise PyGPTError("an answer over HTTP is not that of generate_batch()")
             if number:  # the first round is for warming up
                 times["batch"].append(middle - began)
                 times["http"].append(ended - middle)
@@ -102,10 +102,22 @@ def overhead(address: str, options: argparse.Namespace, rounds: int) -> dict[str
     return {"percent": 100 * (statistics.median(ratios) - 1), **{f"{name}_s": found for name, found in times.items()}}
 
 
-async def together(asked: argparse.Namespace, prompts: list[list[int]], new: int) -> list[Any]:
-    """Ask for all completions at once."""
-    bodies = [{"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True} for prompt in prompts]
-    return await asyncio.gather(*(load.ask(asked, body) for body in bodies))
+def together(address: str, prompts: list[list[int]], new: int) -> list[str]:
+    """Ask for all completions at once; return their texts."""
+
+    def ask(prompt: list[int]) -> str:
+        with post(address, {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        return list(threads.map(ask, prompts))
+
+
+def post(address: str, body: dict[str, Any]) -> Any:
+    """Send a completion request; return the answer, a file to read and close."""
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    return urllib.request.urlopen(request)
 
 
 def cached(address: str, options: argparse.Namespace, count: int) -> list[float]:
@@ -132,9 +144,7 @@ def cancel(address: str, options: argparse.Namespace, count: int) -> dict[str, A
     for number in range(count):
         before, got = metric(address, "iteration_tokens_total_count"), 0
         body = {"prompt": [number, 1, 2], "max_tokens": options.context - 8, "ignore_eos": True, "stream": True}
-        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request) as answer:
+        with post(address, body) as answer:
             while got < 5 + number % 3:
                 got += answer.readline().startswith(b"data: {")
         left = time.perf_counter()
