@@ -102,10 +102,8 @@ class MPIRanks(Ranks):
     def _stuck(self, missing: list[int]) -> None:
         """Name the ranks that do not answer, and end the process; the launcher then ends the others."""
         names = ", ".join(self.name(rank) for rank in sorted(set(missing))[:8])
-        text = (
-            f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: stuck or lost; to continue "
-            "from the last saved state, start the ranks again with --resume\n"
-        )
+        text = f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: stuck or lost; to "
+        text += "continue from the last saved state, start the ranks again with --resume\n"
         with suppress(OSError):
             os.write(2, text.encode())
         os._exit(STUCK)

@@ -157,6 +157,8 @@ def test_signals_at_random_moments(budget: Budget, folder: Path) -> None:
             if strike:
                 time.sleep(rng.random() * 3)
                 target, which = rng.randrange(4), rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+                if (mpi, target, which) == ("openmpi", 1, signal.SIGKILL):
+                    target = 3  # if all ranks of any program are killed, mpirun 4.1 sometimes waits forever
                 pids = [pid for pid, argv in marked(mark).items() if argv.startswith(f"{PYTHON}\0-m\0pygpt".encode())]
                 chosen = (pids and [rng.choice(pids)], pids, [process.pid], [-process.pid])[target]
                 detail += f": {which.name} to {('a rank', 'the ranks', 'the launcher', 'the group')[target]}"
