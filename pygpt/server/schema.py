@@ -49,7 +49,7 @@ BIASES = {"patternProperties": {"^[0-9]{1,7}$": _number("a bias", -100, 100)}, "
 USAGES = ("include_usage", "continuous_usage_stats")
 OPTIONS = {"type": "object", "properties": dict.fromkeys((*USAGES, "include_obfuscation"), SWITCH)}
 MESSAGE = _object(role={"enum": [*ROLES]}, content=STRING)
-GUESSES = f"a whole number from 1 to {MOST_GUESSES} of tokens to guess in a step"
+GUESSES = f"true, false, or how many tokens to guess, 1 to {MOST_GUESSES} (default: --speculate); the text stays the same"
 MODEL = {"model": _field("the name of a served model; GET /v1/models lists them", **STRING)}
 _SHARED: Fields = {
     **MODEL,
@@ -68,7 +68,7 @@ _SHARED: Fields = {
     "stop_token_ids": _field("a list of up to 1024 token ids", **_list(ID, maxItems=1024)),
     "ignore_eos": _field("true or false: whether to continue after <|endoftext|>", **FLAG),
     "sampler": _field("sample, greedy or median", enum=["sample", "greedy", "median"]),
-    "speculation": _field(f"true, false, or {GUESSES} (default: --speculate); the text stays the same", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
+    "speculation": _field(GUESSES, anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
     "stream": SWITCH,
     "stream_options": _field(f"an object with {' and '.join(USAGES)}, each true or false; it needs stream", **OPTIONS),
     "user": _field("a string, which is not used", **STRING),
