@@ -184,6 +184,13 @@ FAULTS = [
     ("os.fsync = lambda file: os.kill(os.getpid(), 9)", 0, 9, "", []),
     ("raise ValueError('a bug')", 1, 1, "ValueError: a bug", []),
     ("sys.exit(3)", 1, 1, "", []),
+    (
+        "from mpi4py import MPI; raise MPI.Exception(16)",
+        1,
+        1,
+        r"pygpt: error: rank 1 on \S+: MPI lost a rank \(\S.*--resume\n",
+        [],
+    ),
     ("from pygpt import PyGPTError; raise PyGPTError('a failure')", 1, 1, r"pygpt: error: rank 1 on \S+: a failure\n", []),
     (
         "os.kill(os.getpid(), 19)",
