@@ -41,6 +41,7 @@ from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 LENS = 3  # the most probable tokens of a layer
+LOOKED = 64  # tokens of a step that looks inside: completions go on between such steps
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
 OWN = "; ".join(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect"))
 POLICY = f"{OWN}; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -334,7 +335,7 @@ def _inside(model: GPT2, tokens: list[int], fields: dict[str, Any]) -> tuple[lis
     layer = check_whole("a layer", fields.get("layer", 0), 0, model.config.L - 1)
     position = check_whole("a position", fields.get("position", len(tokens) - 1), 0, len(tokens) - 1)
     head = check_whole("a head", fields.get("head", 0), 0, model.config.NH - 1)
-    found = model.activations(tokens[: position + 1], ["probs", "encoded", "residual3"], positions=[position])
+    found = model.activations(tokens[: position + 1], ["probs", "encoded", "residual3"], positions=[position], chunk=LOOKED)
     logits = model.logits_of(numpy.concatenate([found["encoded"], found["residual3"][:, 0]]))  # [L + 1, V]
     tops = [log_probabilities(logits.data, row, 0, LENS) for row in range(len(logits))]
     probs = found["probs"][layer, head : head + 1 if "head" in fields else None, 0]
