@@ -273,7 +273,7 @@ class Server:
         if ("prompt" in fields) == ("content" in fields):
             raise ApiError("give prompt or content: exactly one of them", "prompt")
         text = fields.get("prompt", fields.get("content", ""))
-        ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
+        ids = await _unhurried(len(text), partial(encode, served, text, len(text), special=fields.get("parse_special", False)))
         if "content" in fields:
             if not fields.get("with_pieces"):
                 return {"tokens": ids}

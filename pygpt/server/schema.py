@@ -95,6 +95,7 @@ TOKENIZE: Fields = {
     **MODEL,
     **dict.fromkeys(("prompt", "content"), _field("a string", **STRING)),
     **dict.fromkeys(("add_special_tokens", "add_special"), _field("true or false, without effect for GPT-2", **FLAG)),
+    "parse_special": _field("true or false (default): whether special tokens in the text become their ids", **FLAG),
     **dict.fromkeys(("with_pieces", "return_token_strs"), _field("true or false: whether to return each token's text", **FLAG)),
 }
 DETOKENIZE: Fields = {**MODEL, "tokens": _field("a list of token ids", **_list(ID))}

@@ -169,6 +169,10 @@ def test_tokens(at: Live) -> None:
     assert post("/tokenize", prompt="a", return_token_strs=True)["token_strs"] == ["a"]
     assert post("/detokenize", tokens=ids) == {"prompt": text, "content": text}
     assert post("/tokenize", prompt="x y " * 1000)["count"] == 2001
+    for special in (False, True):
+        found = post("/tokenize", content="a<|endoftext|>", parse_special=special)["tokens"]
+        assert found == Tokenizer().encode("a<|endoftext|>", allow_special=special)
+        assert (found[-1] == 50256) == special
     assert post("/tokenize")["error"]["param"] == "prompt"
     assert post("/detokenize", tokens=[50257])["error"]["param"] == "tokens"
     info = at.ask("GET", "/tokenizer_info", **KEY).json()
