@@ -35,6 +35,7 @@ QUICK_S = 0.0005  # a plain step that is shorter reads its weights from a cache:
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 FEW = 4  # sequences: with more, guesses gain little, and then lose it, because some sequences end much earlier than others
 ROWS = 16  # of a step with guesses: more rows make a step bound by arithmetic
+FIXED_ROWS = 128  # the same for a fixed number of guesses: their logits take 26 MB with GPT-2's vocabulary
 SURE = 1.5  # a predicted gain that needs no fresh times
 FRESH = 16  # steps: for a smaller gain, the next step is plain after so many with guesses, to measure its time again
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
@@ -174,14 +175,14 @@ class Speculator:
         wanted: list[tuple[int, int]] = []
         for i, (completion, memory, state) in enumerate(parts):
             fixed = completion.speculation or 0
-            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, fixed or limit)
+            most = min(fixed, FIXED_ROWS // sequences - 1) if fixed else limit
+            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, most)
             if room < 1:
                 continue
             state.vain += LOOK_S
             if not fixed and plain is not None and state.vain > LOOKS * plain / sequences:
                 state.rest, state.vain = len(completion.sequence) + int(LOOKS / IN_VAIN), 0.0
-            looked = state.look_up(completion.sequence, room)
-            state.drafted = False
+            looked, state.drafted = state.look_up(completion.sequence, room), False
             count = self._count(completion, state, room, looked, sequences)
             if count < 0:
                 found[i] = looked[:-count]

@@ -21,7 +21,7 @@ from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
 from pygpt.generation.prefix import Memory
 from pygpt.generation.request import Request
-from pygpt.generation.speculate import FEW, FRESH, MOST, ROWS, SOON, WORTH, Draft, Share, Speculation, Speculator
+from pygpt.generation.speculate import FEW, FIXED_ROWS, FRESH, MOST, ROWS, SOON, WORTH, Draft, Share, Speculation, Speculator
 from pygpt.network import KVCache, Network
 
 MAXT = 24
@@ -237,9 +237,10 @@ def test_many_sequences_guess_fewer_tokens_each() -> None:
     for sequences, guesses in ((1, MOST), (3, ROWS // 3 - 1), (FEW, ROWS // FEW - 1), (FEW + 1, 0)):
         speculator.note(sequences, 0, 1.0)
         speculator.note(sequences, 9, 1.0)  # rows of guesses cost nothing
-        completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
-        found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)], sequences)
-        assert [len(one) for one in found] == [guesses] * sequences
+        for fixed, expected in ((0, guesses), (40, min(40, FIXED_ROWS // sequences - 1)), (3, 3)):
+            completion: Any = SimpleNamespace(speculation=fixed, guesses=40, sequence=[1, 2, 3] * 4)
+            found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)], sequences)
+            assert [len(one) for one in found] == [expected] * sequences
 
 
 def test_small_gains_need_fresh_times() -> None:
