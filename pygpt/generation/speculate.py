@@ -226,8 +226,9 @@ class Speculator:
         """Note the time of a step with one row for each sequence and so many rows of guesses, choices included."""
         self._age = self._age + 1 if guesses else 0
         plain = self._plains.get(sequences)
-        if not guesses:
-            self._plains[sequences] = mean(plain, seconds, 0.3)
+        stale = plain is not None and seconds < 0.8 * plain  # such as a first step, which reads the model from the disk
+        if stale or not guesses:
+            self._plains[sequences] = mean(None if stale else plain, seconds, 0.3)
         elif plain is not None:
             self._row = mean(self._row, max(seconds - plain, 0.0) / guesses, 0.2)
 

@@ -265,6 +265,20 @@ def test_small_gains_need_fresh_times() -> None:
         speculator.note(2, sum(found), 1.0)
 
 
+def test_a_slow_first_step_is_forgotten() -> None:
+    """It reads the model from the disk. Compared with it, guesses seem free, but here each takes half of a plain step."""
+    speculator, state = Speculator(lambda make: None), Speculation()
+    memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
+    completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
+    counts = []
+    for step in range(60):
+        [guesses] = speculator.guess([(completion, memory, state)], 1)
+        speculator.note(1, len(guesses), 0.01 * (1 + 0.5 * len(guesses)) if step else 1.0)
+        counts.append(len(guesses))
+    assert max(counts) > 4
+    assert counts[-1] == 0
+
+
 @pytest.mark.parametrize("speculation", [0, 5])
 def test_a_draft_that_cannot_be_made_does_not_replace_lookups(speculation: int) -> None:
     """Lookups are rarely right here, and a draft would be better, but there is none."""
