@@ -68,7 +68,7 @@ _SHARED: Fields = {
     "stop_token_ids": _field("a list of up to 1024 token ids", **_list(ID, maxItems=1024)),
     "ignore_eos": _field("true or false: whether to continue after <|endoftext|>", **FLAG),
     "sampler": _field("sample, greedy or median", enum=["sample", "greedy", "median"]),
-    "speculation": _field(f"true, false, or {GUESSES}; the text stays the same", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
+    "speculation": _field(f"true, false, or {GUESSES} (default: --speculate)", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
     "stream": SWITCH,
     "stream_options": _field(f"an object with {' and '.join(USAGES)}, each true or false; it needs stream", **OPTIONS),
     "user": _field("a string, which is not used", **STRING),

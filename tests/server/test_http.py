@@ -609,7 +609,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--tokenizer", "{empty}"], ["empty"]),
         (["-t", "0"], ["threads", "0"]),
         (["-t", "two"], ["threads", "'two'"]),
-        (["--speculate", "soon"], ["speculation", "'soon'"]),
+        (["--speculate", "soon"], ["speculation", "'soon'", "auto, off"]),
         (["--speculate", "65"], ["speculation", "65", "64"]),
         (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
         (["--root-path", "gpt"], ["gpt", "/"]),
