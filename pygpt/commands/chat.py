@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from ..config import Config
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, plural
 from ..formats.open import of_text_only, open_model
 from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
@@ -292,7 +292,7 @@ class Chat:
         """Show the ids of the text and the reply, each with its piece of text."""
         for name, tokens in ("text", self._text), ("reply", self._reply):
             pieces = [f"{token:>7}  {piece(self._tokenizer.decode_bytes([token]))}" for token in tokens]
-            show("\n".join([f"{name}: {len(tokens)} tokens", *pieces]))
+            show("\n".join([f"{name}: {plural(len(tokens), 'token')}", *pieces]))
 
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
@@ -316,7 +316,7 @@ def speed(times: Sequence[float]) -> str:
     if not tokens:
         return "0 tokens"
     rest = f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s" if tokens[-1] > tokens[0] else ""
-    return f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s{rest}"
+    return f"{plural(len(tokens), 'token')}, the first after {tokens[0] - begin:.2f} s{rest}"
 
 
 def line_reader() -> Callable[[str], str]:

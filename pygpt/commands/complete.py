@@ -8,7 +8,7 @@ from contextlib import closing
 from time import perf_counter
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, plural
 from . import COMMANDS
 from .console import Parser, check_stdout, command, say
 from .options import add_completion_options, add_model_options, parse_id, read_options
@@ -107,7 +107,7 @@ def answered(engine: "Engine", request: "Request", *, stats: bool, early: bool =
     def describe() -> None:
         new, drafted, seconds = len(completion.tokens), completion.drafted, perf_counter() - began
         guesses = f"; {completion.accepted} of {drafted} guessed tokens were right" if drafted else ""
-        say(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
+        say(f"{plural(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
 
     for event in engine.run():
         if event.error is not None:

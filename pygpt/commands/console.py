@@ -269,11 +269,6 @@ class Progress:
             self._bar.close()
 
 
-def plural(count: int, thing: str) -> str:
-    """Return a count with its noun: 1 worker, 2 workers."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
-
-
 def text_of(content: bytes) -> str | None:
     """Return the text of a token's bytes, or None for a part of a character."""
     try:

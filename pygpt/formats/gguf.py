@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
-from ..errors import CheckpointError, InputError, is_whole, shown
+from ..errors import CheckpointError, InputError, is_whole, plural, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format, ModelFile, common_format, layout
@@ -257,7 +257,7 @@ class GGUFFile(ModelFile):
             raise self._bad(f"gpt2.attention.head_count_kv is {found_heads}, expected {config.NH} for {config}")
         _, _, tokens = self._arrays.get(TOKENS, (0, 0, config.V))
         if tokens != config.V:
-            raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
+            raise self._bad(f"tokenizer.ggml.tokens has {plural(tokens, 'token')}, but {NAMES['wte']} has {config.V} rows")
         return config
 
     def _read_formats(self) -> dict[str, Format]:

@@ -930,7 +930,7 @@ def test_long_conversation_keeps_its_last_tokens_slides_or_stops(capsys: pytest.
         if overflow is None:
             assert re.search(gist("7 tokens ... last 6"), told)
         elif overflow == "stop":
-            assert told.startswith("pygpt: 9 tokens were given")
+            assert told.startswith("pygpt: the prompt has 9 tokens")
             assert told.count("\n") == 1
         else:
             assert told == ""
@@ -1020,7 +1020,7 @@ def test_stats_go_to_stderr_on_request(bench: Bench, capsys: pytest.CaptureFixtu
     ("times", "told"),
     [
         ([5.0], "0 tokens"),
-        ([5.0, 5.25], "1 tokens, the first after 0.25 s"),
+        ([5.0, 5.25], "1 token, the first after 0.25 s"),
         ([5.0, 5.0, 5.0], "2 tokens, the first after 0.00 s"),
         ([5.0, 6.0, 6.5, 7.0], "3 tokens, the first after 1.00 s, then 2.0 tokens/s"),
     ],
@@ -1032,7 +1032,7 @@ def test_speed_counts_from_the_first_token(times: list[float], told: str) -> Non
 def test_stats_flag(fake: Fake) -> None:
     result = fake.run("--stats", "hi")
     assert result.stdout == b"hi\n"
-    assert result.stderr.startswith(b"pygpt: 1 tokens, the first after ")
+    assert result.stderr.startswith(b"pygpt: 1 token, the first after ")
 
 
 def test_stats_count_guesses() -> None:

@@ -146,7 +146,9 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
     if part.get("val") and (job.val_tokens or job.val_fraction):
         raise InputError("--val was given, but this run validates on a part of --data: leave it out, or start a new run")
     settings = {name: given[name] for name in OPTIMIZER & set(given)}
-    before = state.progress.options
+    before, done = state.progress.options, state.progress.step
+    if settings.get("steps", done) < done:
+        raise InputError(f"--steps is {settings['steps']}, but the state has {done}: give a larger total, or leave --steps out")
     changes = [(name, old[name], value) for name, value in part.items()]
     changes += [(name, getattr(before, name), value) for name, value in settings.items()]
     notices = [f"{flag(name)} changes from {was} to {value}" for name, was, value in changes if value != was]
