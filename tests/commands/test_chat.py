@@ -930,7 +930,7 @@ def test_long_conversation_keeps_its_last_tokens_slides_or_stops(capsys: pytest.
         if overflow is None:
             assert re.search(gist("7 tokens ... last 6"), told)
         elif overflow == "stop":
-            assert told.startswith("pygpt: the prompt has 9 tokens")
+            assert told.startswith("pygpt: 9 tokens were given")
             assert told.count("\n") == 1
         else:
             assert told == ""
@@ -1653,9 +1653,9 @@ def answer(tokens, new):
     assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
-@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 2), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
-def test_real_error_is_one_line(real: Fake, options: list[str], status: int) -> None:
-    assert_refused(real.run(*options, "hi"), status, options[1])
+@pytest.mark.parametrize("options", [("-m", "no.bin"), ("-t", "0"), ("-t", "x"), ("-t", "257"), ("--weights", "q3")])
+def test_real_error_is_one_line(real: Fake, options: tuple[str, str]) -> None:
+    assert_refused(real.run(*options, "hi"), 2, options[1])
 
 
 def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> None:
