@@ -701,6 +701,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["--log", "taken.bin"], "taken.bin: exists already"),
         (["--warmup", "3"], "warmup is 3 ... 0 to 2"),
         (["--steps", "1"], "--steps is 1 ... 2"),
+        (["--patience", "1"], "--patience need validation data"),
     ],
 )
 def test_refusals_of_a_resumed_run(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:

@@ -100,6 +100,8 @@ class Job:
                 raise InputError(f"{flag(name)} is {shown(value)}: it must be a whole number from {low} to {high}")
         if self.version not in VALUE_BYTES:
             raise InputError(f"--version is {self.version}: it must be 3 (float32) or 5 (bfloat16)")
+        if (self.patience or self.keep_best) and not (self.val or self.val_tokens or self.val_fraction):
+            raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
 
 
 def is_name(text: str) -> bool:
@@ -121,8 +123,6 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
         raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
     if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
         raise InputError("--val, --val-tokens and --val-fraction exclude each other: give at most one of them")
-    if ("patience" in given or "keep_best" in given) and not {"val", "val_tokens", "val_fraction"} & set(given):
-        raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
