@@ -693,11 +693,11 @@ class Echo:
 class Bench:
     """A chat in this process, for a model with this context, and the Echo that answers it."""
 
-    def __init__(self, *words: str, maxT: int = 64, model: str | None = None, eot: bool = False) -> None:
+    def __init__(self, *words: str, maxT: int = 64, model: str | None = None, eot: bool = False, **loading: Any) -> None:
         self.echo = Echo()
         config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
         self.settings = chat_module.Settings(chat_module.parse(words if eot else ["--no-stop-at-eot", *words]), config)
-        self.chat = chat_module.Chat(self.echo, self.settings, model=model)  # type: ignore[arg-type]
+        self.chat = chat_module.Chat(self.echo, self.settings, model, **loading)  # type: ignore[arg-type]
 
     def take(self, *lines: str) -> None:
         for line in lines:
@@ -953,14 +953,16 @@ def test_tokens_shows_ids_and_pieces(bench: Bench, capsys: pytest.CaptureFixture
     ]
 
 
+@pytest.mark.parametrize("weights", [None, "q4_0"])
 def test_probs_shows_the_most_probable_tokens(
-    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, weights: str | None
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    bench = Bench(weights=weights)
     bench.take("/set sampler greedy", "hello there")
     capsys.readouterr()
     bench.take("/probs")
-    with GPT2.load(EMBEDDED_MODEL) as model:
+    with GPT2.load(EMBEDDED_MODEL, weights=weights) as model:
         logits = model.logits(ids_of("hello there"))[-1].astype(np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     best = np.argsort(-probabilities)[:10]
