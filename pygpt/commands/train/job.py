@@ -360,8 +360,7 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
             raise InputError(f"{path}: was given for two uses: data, --out, --log and --plot must be different files")
     for path in () if force else (*written, *older, *drawings):
         if os.path.realpath(path) not in mine and os.path.lexists(path):
-            advice = "give another name, --force to replace it, or --resume to continue its run"
-            raise InputError(f"{path}: exists already: {advice}")
+            raise InputError(f"{path}: exists already: give another name, --force to replace it, or --resume to continue it")
     for path in drawings:
         check_writable(path, make_folder=True)
     if drawings:
@@ -377,8 +376,7 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
         needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * config.parameters(padded=True)
         folder = os.path.dirname(os.path.realpath(output.state))
         if (free := shutil.disk_usage(folder).free) < needed:
-            text = f"{free} bytes are free, but state and model take {needed}"
-            raise PyGPTError(f"{folder}: {text}: make room, or save elsewhere")
+            raise PyGPTError(f"{folder}: {free} bytes are free, but state and model take {needed}: make room or save elsewhere")
 
 
 class Report(Closing):
