@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..errors import shown
+from ..errors import near, shown
 from ..generation.request import MOST_GUESSES
 
 Schema = dict[str, Any]
@@ -138,7 +138,7 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
             raise ApiError(f"{name} is missing: it must be {fields[name]['description']}", name)
     for name, value in given.items():
         if name not in fields:
-            raise ApiError(f"unknown field {shown(name)}: the fields are {', '.join(fields)}", name[:60])
+            raise ApiError(f"unknown field {shown(name)}: {near(name, fields)}", name[:60])
         if not fits(value, fields[name]):
             raise ApiError(f"{name} is {shown(value)}: it must be {fields[name]['description']}", name)
     return given
