@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, InputError, NumericalError, shown
+from ..errors import DataError, InputError, NumericalError, plural, shown
 from ..formats.llmc import Example, read_examples, read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..generation.logprobs import score
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = shared.add_argument
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     parser = Parser(prog="pygpt eval", usage="pygpt eval perplexity|hellaswag|next|compare ... [options]", description=__doc__)
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
 
@@ -87,8 +87,6 @@ def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the models, run the task, and print the result."""
     if options.task is None:
         raise InputError("the task is missing: give perplexity, hellaswag, next or compare; see --help")
-    if options.output not in ("text", "json"):
-        raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]
@@ -101,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
         facts |= {"seconds": seconds, "tokens_per_s": rows / seconds}
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
-        print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
+        print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {plural(facts['threads'], 'thread')}, {', '.join(paths)}")
 
 
 def log_sums(rows: Losses) -> Losses:
@@ -157,7 +155,7 @@ def slide(models: Sequence[GPT2], options: argparse.Namespace) -> tuple[Result, 
     window, stride = window_of(min(model.config.maxT for model in models), options)
     tokens = tokens_in(options, models[0])[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
+        raise InputError(f"{options.subject}: {plural(len(tokens), 'token')}: at least 2 are needed: the first is not scored")
     rows = scored = text_bytes = 0
     found: list[list[float]] = []  # of each window
     with Progress("tokens", len(tokens) - 1) as progress:
