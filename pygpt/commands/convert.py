@@ -71,8 +71,7 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             if not target:
                 raise InputError("DST is empty: it must be the name of a file")
             if target.endswith((".safetensors", ".gguf")):
-                way = "end DST with a / for a Hugging Face folder, or use `pygpt quantize --format f32` for a file"
-                raise InputError(f"{target}: a .bin file does not end like this: {way}")
+                raise InputError(f"{target}: give a .bin file or a folder/; `pygpt quantize --format f32` writes other files")
             check_target(source, target)
             write_bin(target, model, version)
             with writing(target, "the vocabulary"):

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from ..activations import zero
-from ..errors import InputError
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
@@ -41,15 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-k", "--top", metavar="K", type=whole(2, 50), default=5, help="number of predictions and heads to show (default 5)")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, look, and print the result."""
-    if options.output not in ("text", "json"):
-        raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
     if options.plot is not None:
         matplotlib()  # if it is missing, report that now
@@ -58,8 +55,6 @@ def run(options: argparse.Namespace) -> None:
     with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
         tokenizer = tokenizer_of(model.config)
         ids = tokenizer.encode(given_text(options.text))
-        if not 2 <= len(ids) <= model.config.maxT:
-            raise InputError(f"the number of tokens is {len(ids)}: give a text of 2 to {model.config.maxT} tokens")
         result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
         if options.plot is not None:
             draw(options.plot, model, ids, result)

@@ -218,7 +218,7 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["a.bin", "sub"], ["sub", "not a regular file"]),
         (["a.bin", "fifo"], ["fifo", "not a regular file"]),
         (["a.bin", "/dev/null"], ["/dev/null", "not a regular file"]),
-        (["a.bin", "b.safetensors"], ["b.safetensors", "pygpt quantize", "end DST with a /"]),
+        (["a.bin", "b.safetensors"], ["b.safetensors", "pygpt quantize", "folder/"]),
         (["a.bin", "b.gguf"], ["b.gguf", "pygpt quantize"]),
         (["a.bin", "absent/b.bin"], ["absent", "does not exist"]),
         (["a.bin", "text.txt/b.bin"], ["text.txt", "does not exist"]),
