@@ -95,11 +95,17 @@ TOKENIZE: Fields = {
     **MODEL,
     **dict.fromkeys(("prompt", "content"), _field("a string", **STRING)),
     **dict.fromkeys(("add_special_tokens", "add_special"), _field("true or false, without effect for GPT-2", **FLAG)),
+    "parse_special": _field("true or false (default): whether special tokens in the text become their ids", **FLAG),
     **dict.fromkeys(("with_pieces", "return_token_strs"), _field("true or false: whether to return each token's text", **FLAG)),
 }
 DETOKENIZE: Fields = {**MODEL, "tokens": _field("a list of token ids", **_list(ID))}
-LAYER = _whole(" from 0 (default 0)", 0)
-INSPECT: Fields = {**MODEL, "tokens": _field("a list of token ids, not empty", **IDS), "layer": LAYER}
+INSPECT: Fields = {
+    **MODEL,
+    "tokens": _field("a list of token ids, not empty", **IDS),
+    "layer": _whole(" from 0 (default 0)", 0),
+    "position": _whole(" from 0, of a token (default the last)", 0),
+    "head": _whole(" from 0 (default all)", 0),
+}
 
 
 class ApiError(Exception):
