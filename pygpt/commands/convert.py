@@ -38,17 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
     add("target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end")
     version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; others keep all values exact)"
-    add("--version", metavar="N", type=version_of, help=version)
+    add("--version", metavar="N", type=int, choices=[*FORMATS], help=version)
     heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
     add("--heads", metavar="N", type=whole(1, LIMITS["NH"]), help=heads)
     return parser
-
-
-def version_of(text: str) -> int:
-    """Read the value of --version."""
-    if text not in map(str, FORMATS):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be 1, 3 or 5")
-    return int(text)
 
 
 def convert(source: str, target: str, version: int | None = None, *, heads: int | None = None) -> str:

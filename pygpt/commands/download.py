@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from .. import __version__
 from ..errors import CheckpointError, InputError, PyGPTError
 from ..formats import huggingface
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import FORMATS, Checkpoint
 from ..formats.files import atomic_file
 from ..formats.open import open_model, sha256_of
 from ..hub.find import MODELS, cache_folder, cached_model, is_downloadable, repository_of
 from ..tokenizer import GPT2_V
 from .console import Parser, command, say
-from .convert import check_parent, default_version, describe, version_of, write_bin, writing
+from .convert import check_parent, default_version, describe, write_bin, writing
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit, as in NAME@REV (default: main)")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: a file in pygpt's cache folder)")
     version = "convert to version 1, 3 (float32) or 5 (bfloat16) (default: keep all values exact)"
-    parser.add_argument("--version", metavar="N", type=version_of, help=version)
+    parser.add_argument("--version", metavar="N", type=int, choices=[*FORMATS], help=version)
     return parser
 
 
