@@ -33,9 +33,9 @@ Result = dict[str, Any]
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(prog="pygpt look", usage="pygpt look TEXT [options]", description=__doc__)
+    parser = Parser(prog="pygpt look", usage="pygpt look TEXT ... [options]", description=__doc__)
     add = parser.add_argument
-    add("text", metavar="TEXT", help="the text to look at, at least two tokens")
+    add("words", nargs="+", metavar="TEXT", help="the text to look at, at least two tokens")
     add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     path = find_model(options.model)[0]
     with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
         tokenizer = tokenizer_of(model.config)
-        ids = tokenizer.encode(given_text(options.text))
+        ids = tokenizer.encode(given_text(" ".join(options.words)))
         result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
         if options.plot is not None:
             draw(options.plot, model, ids, result)
