@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .errors import InputError, check_whole
+from .errors import InputError, PyGPTError, check_whole
 from .formats.dtypes import ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -64,8 +64,8 @@ class GPT2(Generator):
         vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
         ids beyond the tokenizer's, so that they are never chosen.
 
-        draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights at the first use (default: q8_0 for
-        float32, q4_0 for smaller formats). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
+        draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights (default: one of the two, at the
+        first use). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
         Raises CheckpointError for a file that is not a model, InputError for bad threads, weights, tokenizer or draft."""
         found, _ = find_model(path)
         checkpoint = open_weights(found, mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only)
@@ -82,20 +82,25 @@ class GPT2(Generator):
         """Take the draft that load() was asked for. Raises InputError for a model with another vocabulary."""
         from .formats.panels import QUANTISED
 
-        self._draft_weights = draft if draft in QUANTISED else None
-        if draft in (*QUANTISED, "lookup"):
-            return
-        checkpoint = open_weights(find_model(draft)[0])
-        if checkpoint.config.V != self.config.V:
-            checkpoint.close()
-            counts = f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}"
-            raise InputError(f"{counts}: give a draft with the model's vocabulary")
-        self._draft = self._draft_from(checkpoint)
+        self._draft_weights = None
+        if draft in QUANTISED:
+            self._draft = self._draft_from(self.network.quantised(draft))
+        elif draft != "lookup":
+            checkpoint = open_weights(find_model(draft)[0])
+            if checkpoint.config.V != self.config.V:
+                checkpoint.close()
+                counts = f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}"
+                raise InputError(f"{counts}: give a draft with the model's vocabulary")
+            self._draft = self._draft_from(checkpoint)
 
     def draft(self, make: bool) -> Draft | None:
-        """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once."""
+        """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once:
+        if that fails, for example without memory, only the text guesses."""
         if self._draft is None and make and self._draft_weights is not None:
-            self._draft = self._draft_from(self.network.quantised(self._draft_weights))
+            try:
+                self._draft = self._draft_from(self.network.quantised(self._draft_weights))
+            except (PyGPTError, MemoryError):  # no memory, or values that are too large: the request can do without
+                self._draft_weights = None
         return self._draft
 
     def _draft_from(self, checkpoint: ModelFile) -> Draft:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError, PyGPTError
 from ..generation.request import check_speculation
 from .console import Parser, command, say, whole
-from .options import SPECULATE_HELP, add_model_options, parse_speculation
+from .options import SPECULATE_HELP, add_model_options, load_options, parse_speculation
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,10 +110,9 @@ def open_models(options: argparse.Namespace) -> list[Any]:
             raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")
         named.setdefault(path, []).append(name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
     found = []
     for path, names in named.items():
-        model = GPT2.load(path, threads=options.threads, draft=options.draft_model, **given)
+        model = GPT2.load(path, threads=options.threads, draft=options.draft_model, **load_options(options))
         least = model.network.position_bytes * model.config.maxT
         limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))

@@ -32,7 +32,7 @@ def file_bytes(config: Config, version: int) -> int:
 def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
     """Raise InputError for a model that a .bin file cannot describe: its header has only dimensions."""
     for name, value in config.variations.items():
-        way = "write a folder (`pygpt convert`, a name that ends in /) or a .safetensors file (other commands)"
+        way = "`pygpt quantize` and `pygpt train` write .safetensors files, `pygpt convert` folders (a name that ends in /)"
         raise InputError(f"{os.fspath(path)}: a .bin file cannot describe a model with {name} = {shown(value)}: {way}")
 
 

@@ -30,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
 from .._kernels import log_probabilities
-from ..errors import InputError, check_whole, shown
+from ..errors import InputError, check_whole, near, shown
 from ..generation.engine import Event
 from ..model import GPT2
 from . import schema
@@ -365,7 +365,7 @@ ENDPOINTS = [
 async def _error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or an unknown path or method."""
     if isinstance(error, HTTPException):
-        unknown = f"no such path: {shown(request.url.path)}; GET /openapi.json lists the paths"
+        unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, (row.path for row in ENDPOINTS))}"
         message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
         return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
     found = error if isinstance(error, ApiError) else reported(error)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__
 from .._kernels import Trace
-from ..errors import InputError
+from ..errors import InputError, plural
 from ..formats.open import sha256_of
 from ..generation.engine import Event, Job
 from ..generation.request import Request
@@ -110,7 +110,7 @@ class Call:
         if new == 0 and not self.echo:
             raise ApiError("max_tokens is 0: it must be at least 1, or echo must be true", "max_tokens")
         if given + (1 if new is None else new) > maxT:
-            asked = f"{given} tokens" + ("" if new is None else f", and max_tokens is {new}")
+            asked = plural(given, "token") + ("" if new is None else f", and max_tokens is {new}")
             message = f"the prompt has {asked}, but the context of this model is {maxT} tokens: send fewer tokens"
             raise ApiError(message, "prompt" if given >= maxT else "max_tokens", code="context_length_exceeded")
         return min(DEFAULT_NEW, maxT - given) if new is None else new

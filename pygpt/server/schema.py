@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..errors import shown
+from ..errors import near, shown
 from ..generation.request import MOST_GUESSES
 
 Schema = dict[str, Any]
@@ -68,7 +68,7 @@ _SHARED: Fields = {
     "stop_token_ids": _field("a list of up to 1024 token ids", **_list(ID, maxItems=1024)),
     "ignore_eos": _field("true or false: whether to continue after <|endoftext|>", **FLAG),
     "sampler": _field("sample, greedy or median", enum=["sample", "greedy", "median"]),
-    "speculation": _field(f"true, false, or {GUESSES}; the text stays the same", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
+    "speculation": _field(f"true, false, or {GUESSES} (default: --speculate)", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
     "stream": SWITCH,
     "stream_options": _field(f"an object with {' and '.join(USAGES)}, each true or false; it needs stream", **OPTIONS),
     "user": _field("a string, which is not used", **STRING),
@@ -138,7 +138,7 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
             raise ApiError(f"{name} is missing: it must be {fields[name]['description']}", name)
     for name, value in given.items():
         if name not in fields:
-            raise ApiError(f"unknown field {shown(name)}: the fields are {', '.join(fields)}", name[:60])
+            raise ApiError(f"unknown field {shown(name)}: {near(name, fields)}", name[:60])
         if not fits(value, fields[name]):
             raise ApiError(f"{name} is {shown(value)}: it must be {fields[name]['description']}", name)
     return given

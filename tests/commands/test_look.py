@@ -101,9 +101,9 @@ def test_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     [
         ([], ["TEXT"]),
         ([""], ["empty"]),
-        (["a"], ["1 tokens", "at least 2"]),
+        (["a"], ["1 token", "at least 2"]),
         (["a " * 300], ["301 tokens", "256"]),
-        ([TEXT, "-o", "xml"], ["'xml'", "json"]),
+        ([TEXT, "-o", "xml"], ["invalid choice: 'xml'", "text", "json"]),
         ([TEXT, "-k", "1"], ["'1'", "from 2 to 50"]),
         ([TEXT, "-m", "nowhere.bin"], ["nowhere.bin"]),
     ],

@@ -81,6 +81,7 @@ def test_other_methods_and_paths(at: Live, method: str) -> None:
     missing = at.ask("GET", "/v2/\u001b[31m".encode().decode("ascii", "ignore").replace("\x1b", "%1b"), **KEY)
     assert missing.status == 404
     assert missing.json()["error"]["message"].isprintable()
+    assert "did you mean /v1/completions" in at.ask(method, "/completion", **KEY).json()["error"]["message"]
     assert at.ask("HEAD", "/health").status == 200
     assert at.ask("HEAD", "/health").body == b""
 
@@ -609,7 +610,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--tokenizer", "{empty}"], ["empty"]),
         (["-t", "0"], ["threads", "0"]),
         (["-t", "two"], ["threads", "'two'"]),
-        (["--speculate", "soon"], ["speculation", "'soon'"]),
+        (["--speculate", "soon"], ["speculation", "'soon'", "auto, off"]),
         (["--speculate", "65"], ["speculation", "65", "64"]),
         (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
         (["--root-path", "gpt"], ["gpt", "/"]),
