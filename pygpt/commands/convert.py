@@ -28,8 +28,6 @@ examples:
   pygpt convert gpt2_q8.gguf gpt2_from_q8.bin                 from a GGUF file: the same values as float32
 """
 
-DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
@@ -75,8 +73,8 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
 
 
 def default_version(model: ModelFile) -> int:
-    """Return the target version if --version is not given: for all but .bin files, the one that keeps every value exactly."""
-    return DEFAULTS[model.version] if isinstance(model, Checkpoint) else 5 if plain_format(model) == BFLOAT16 else 3
+    """Return the target version if --version is not given: the other precision of a .bin file, else what keeps every value."""
+    return 5 if (model.version != 5 if isinstance(model, Checkpoint) else plain_format(model) == BFLOAT16) else 3
 
 
 def plain_format(model: ModelFile) -> Format:

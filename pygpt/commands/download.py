@@ -133,7 +133,7 @@ def fetch(name: str) -> str:
         if repository.get(huggingface.MODEL_FILE) is None:
             if repository.get(huggingface.INDEX_FILE) is None:
                 if any(repository.ask(name, dry_run=True) for name in (huggingface.PICKLE_FILE, huggingface.PICKLE_INDEX)):
-                    raise huggingface.pickle_error(repository.name)
+                    raise CheckpointError(f"{repository.name}: {huggingface.PICKLE}")
                 what = f"expected {huggingface.MODEL_FILE} or {huggingface.INDEX_FILE}"
                 raise CheckpointError(f"{repository.name}: {what} in this repository")
             for name in huggingface.find_files(folder):

@@ -55,15 +55,9 @@ NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 MERGE = "belongs to an adapter: merge it into its model (merge_and_unload of PEFT), then save_pretrained"
 WAY_OUT = "use the same model's model.safetensors, or let transformers write it (save_pretrained)"
+PICKLE = "a PyTorch pickle: loading it can run any code, so only torch reads it (weights_only=True), which is not installed: "
+PICKLE += f"{WAY_OUT}, or install torch"
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
-
-
-def pickle_error(place: str) -> CheckpointError:
-    """Return the error for a pickle without torch, with the reason and the way out."""
-    return CheckpointError(
-        f"{place}: a PyTorch pickle: loading it can run any code, so only torch reads it (weights_only=True), which is not "
-        f"installed: {WAY_OUT}, or install torch"
-    )
 
 
 class PickleFile(Closing):
@@ -76,7 +70,7 @@ class PickleFile(Closing):
         try:
             import torch
         except ImportError:
-            raise pickle_error(path) from None
+            raise CheckpointError(f"{path}: {PICKLE}") from None
         self.path, self.size = path, os.path.getsize(path)
         try:
             found = self._load(torch)
