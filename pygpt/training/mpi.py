@@ -109,18 +109,13 @@ class MPIRanks(Ranks):
             os.write(2, text.encode())
         os._exit(STUCK)
 
-    def common(self, error: Exception) -> Exception:
-        """Return an exception that every rank raises here, so that a `with` block can end without a message to the others."""
-        self.agreed = True
-        return error
-
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None or self.agreed:
             self.gather(None)  # no rank finalizes MPI while another may still fail
             self._open = False
         elif isinstance(error, MPI.Exception):  # as from a rank that was killed in the middle of a message
-            text = f"MPI lost a rank ({str(error).splitlines()[-1]}): start the ranks again with --resume"
-            raise PyGPTError(f"{self.name(self.rank)}: {text}") from error
+            way = f"MPI lost a rank ({str(error).splitlines()[-1]}): start the ranks again with --resume"
+            raise PyGPTError(f"{self.name(self.rank)}: {way}") from error
 
     def _abort(self) -> None:
         """End all ranks, unless this one has left its `with` block in order. Python calls this at the end of the process."""

@@ -55,6 +55,7 @@ class Ranks:
 
     def common(self, error: Exception) -> Exception:
         """Return an exception that every rank raises here, so that a `with` block can end without a message to the others."""
+        self.agreed = True
         return error
 
     def together(self, job: Callable[[], T], *, first: bool = False) -> T | None:
