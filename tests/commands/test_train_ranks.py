@@ -139,26 +139,23 @@ def marked(mark: str) -> dict[int, bytes]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 def test_signals_at_random_moments(budget: Budget, folder: Path) -> None:
     """To one rank, all ranks, the launcher, or its process group. Then no process is left, every file is complete, and the run
-    continues on any number of ranks, with either MPI, to the bytes and losses of one that nobody disturbed."""
+    continues on any number of ranks to the bytes and losses of one that nobody disturbed. Only with MPICH: mpirun of Open MPI
+    4.1 sometimes waits forever after ranks of any program were killed."""
     rng, late = budget.random, ["-t", 1, "--timeout", 20]
     first = train("--steps", 150, "--save-every", 7, "--log", "run.jsonl", *late)
     assert run(first, cwd=folder).status == 0
     expected = files()["run.bin"], files()["run.state"], logged()
-    mpis = [mpi for mpi, (launcher, *_) in LAUNCHERS.items() if shutil.which(launcher)]
     for number in budget.rounds():
         for path in folder.glob("run.*"):
             path.unlink()
         for strike in range(5 if budget.long else 1, -1, -1):  # the last run is left alone
             words = command("train", "--resume", "run.state", *late) if list(folder.glob("run.state*")) else [*first, "--force"]
-            mpi, count, mark = rng.choice(mpis), rng.choice((2, 3)), f"{folder}-{number}-{strike}"
-            launcher = [*LAUNCHERS[mpi], "-n", count, *words]
-            process = start(launcher, cwd=folder, env=environment(MARK=mark), start_new_session=True)
-            detail = f"run {number}: {mpi}, {count} ranks"
+            count, mark = rng.choice((2, 3)), f"{folder}-{number}-{strike}"
+            process = start([MPIEXEC, "-n", count, *words], cwd=folder, env=environment(MARK=mark), start_new_session=True)
+            detail = f"run {number}: {count} ranks"
             if strike:
                 time.sleep(rng.random() * 3)
                 target, which = rng.randrange(4), rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
-                if (mpi, target, which) == ("openmpi", 1, signal.SIGKILL):
-                    target = 3  # if all ranks of any program are killed, mpirun 4.1 sometimes waits forever
                 pids = [pid for pid, argv in marked(mark).items() if argv.startswith(f"{PYTHON}\0-m\0pygpt".encode())]
                 chosen = (pids and [rng.choice(pids)], pids, [process.pid], [-process.pid])[target]
                 detail += f": {which.name} to {('a rank', 'the ranks', 'the launcher', 'the group')[target]}"
