@@ -149,6 +149,11 @@ class Closing(Uncopied):
         self.close()
 
 
+def plural(count: int, thing: str) -> str:
+    """Return a count with its noun: 1 worker, 2 workers."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def shown(value: object) -> str:
     """Return a value for a message: the first 60 characters of its repr, in one line."""
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .errors import InputError, PyGPTError
+from .errors import InputError, PyGPTError, check_whole
 from .formats.dtypes import ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -179,6 +179,7 @@ class GPT2(Generator):
         positions: "Iterable[SupportsIndex] | None" = None,
         edits: "Mapping[Any, Value] | None" = None,
         out: "Mapping[str, npt.NDArray[np.float32]] | None" = None,
+        chunk: "SupportsIndex" = CHUNK,
     ) -> "dict[str, npt.NDArray[np.float32]]":
         """Run a sequence of T tokens; return the named activations in float32, with the bits of an ordinary step.
 
@@ -188,7 +189,8 @@ class GPT2(Generator):
         layer before, or encoded. residual3 is residual2 + fcproj.
 
         layers, positions: which to return, in this order (default: all). out: arrays of the right shapes to fill and return,
-        such as numpy.memmap. All other arrays together may take 2 GiB.
+        such as numpy.memmap. All other arrays together may take 2 GiB. chunk: the most tokens of one step, without edits.
+        Steps of other threads run in between.
 
         edits: map (name, layer, position) to changes, made in this order. The layer is None for encoded, lnf and logits;
         position None means all. A change is an array that replaces the activation, add(), scale(), zero(), or a function that
@@ -203,7 +205,7 @@ class GPT2(Generator):
         capture = Capture(self.config, len(ids), names, layers, positions, out)
         watch = Watch(Edits(self.config, {} if edits is None else edits, len(ids)), capture)
         cache = self.new_cache(len(ids))
-        size = CHUNK if edits is None else len(ids)  # a function gets the whole array
+        size = check_whole("chunk", chunk, 1, CHUNK) if edits is None else len(ids)  # a function gets the whole array
         for start in range(0, len(ids), size):
             rows = [(token, cache, i in capture.wanted) for i, token in enumerate(ids[start : start + size], start)]
             self.network.step(rows, watch=watch)

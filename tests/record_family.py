@@ -19,9 +19,7 @@ ACTIVATIONS = ("gelu", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "quick_
 PROMPT = [5, 60, 17, 3, 33, 33, 8]
 VARIED: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    **{
-        name: {"activation_function": name} for name in ("gelu", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")
-    },
+    **{name: {"activation_function": name} for name in ACTIVATIONS},
     "narrow": {"n_inner": 10, "layer_norm_epsilon": 1e-2},
     "unscaled": {"scale_attn_weights": False, "n_inner": 100},
     "by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},

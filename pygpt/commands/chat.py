@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from ..config import Config
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, plural
 from ..formats.open import of_text_only, open_model
 from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
@@ -27,7 +27,7 @@ from ..tokenizer import StreamDecoder, end_of_text, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import Parser, for_terminal, piece, say, status_of, table
-from .options import CONTROL, LISTS, add_completion_options, add_model_options, read_options
+from .options import CONTROL, LISTS, add_completion_options, add_model_options, load_options, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -160,11 +160,11 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
 
 
 class Chat:
-    """A conversation of independent texts and replies, with / commands between them. model, threads: for /probs."""
+    """A conversation of independent texts and replies, with / commands between them. loading: of GPT2.load(), for /probs."""
 
-    def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, command: Command, settings: Settings, model: str | None = None, **loading: Any) -> None:
         self._command, self._settings = command, settings
-        self._model, self._threads = model, threads
+        self._model, self._loading = model, loading
         self._tokenizer = tokenizer_of(settings.config)
         self._leaving, self._repeated = False, 0  # how often /again repeated this text
         self._text: list[int] = []  # ids of the latest text; empty before the first text
@@ -292,7 +292,7 @@ class Chat:
         """Show the ids of the text and the reply, each with its piece of text."""
         for name, tokens in ("text", self._text), ("reply", self._reply):
             pieces = [f"{token:>7}  {piece(self._tokenizer.decode_bytes([token]))}" for token in tokens]
-            show("\n".join([f"{name}: {len(tokens)} tokens", *pieces]))
+            show("\n".join([f"{name}: {plural(len(tokens), 'token')}", *pieces]))
 
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
@@ -300,7 +300,7 @@ class Chat:
 
         tokens, overflow = self._fitting(self._text), self._settings.request.get("overflow")
         try:
-            with GPT2.load(self._model, threads=self._threads) as model:
+            with GPT2.load(self._model, **self._loading) as model:
                 count = min(10, model.config.V)
                 [completion] = model.generate_batch([tokens], max_new_tokens=1, overflow=overflow, top_logprobs=count)
         except KeyboardInterrupt:
@@ -316,7 +316,7 @@ def speed(times: Sequence[float]) -> str:
     if not tokens:
         return "0 tokens"
     rest = f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s" if tokens[-1] > tokens[0] else ""
-    return f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s{rest}"
+    return f"{plural(len(tokens), 'token')}, the first after {tokens[0] - begin:.2f} s{rest}"
 
 
 def line_reader() -> Callable[[str], str]:
@@ -425,7 +425,7 @@ def run(options: argparse.Namespace) -> int:
     with open_model(find_model(options.model)[0], tokenizer=options.tokenizer) as checkpoint:
         settings = Settings(options, (of_text_only(checkpoint) if options.text_only else checkpoint).config)
     with Command(passed_on(options)) as command:  # start it first: it loads the model while this process prepares
-        chat = Chat(command, settings, model=options.model, threads=options.threads)
+        chat = Chat(command, settings, options.model, threads=options.threads, **load_options(options))
         if not options.words and sys.stdin.isatty():
             return chat.converse()
         return chat.complete(given_text(" ".join(options.words)) if options.words else read_piped())

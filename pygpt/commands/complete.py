@@ -8,10 +8,10 @@ from contextlib import closing
 from time import perf_counter
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, plural
 from . import COMMANDS
 from .console import Parser, check_stdout, command, say
-from .options import add_completion_options, add_model_options, parse_id, read_options
+from .options import add_completion_options, add_model_options, load_options, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,14 +89,13 @@ def load(options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
     way = "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     small = f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; {way}"
     notice = small if origin == "embedded" else ""
-    given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
     if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, **given), notice  # without a draft: guesses come from the text
+        return SerialGPT2.load(path, **load_options(options)), notice  # without a draft: guesses come from the text
     from ..model import GPT2
 
-    return GPT2.load(path, threads=options.threads, draft=options.draft_model, **given), notice
+    return GPT2.load(path, threads=options.threads, draft=options.draft_model, **load_options(options)), notice
 
 
 def answered(engine: "Engine", request: "Request", *, stats: bool, early: bool = False) -> "Iterator[tuple[int | None, bool]]":
@@ -107,7 +106,7 @@ def answered(engine: "Engine", request: "Request", *, stats: bool, early: bool =
     def describe() -> None:
         new, drafted, seconds = len(completion.tokens), completion.drafted, perf_counter() - began
         guesses = f"; {completion.accepted} of {drafted} guessed tokens were right" if drafted else ""
-        say(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
+        say(f"{plural(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
 
     for event in engine.run():
         if event.error is not None:

@@ -122,10 +122,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message[:200]}; {way}")  # argparse's message may repeat the whole command line
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":
-        """Return an option's values. Refuse the value --, as in -t=--: Python before 3.13 turns it into an empty list."""
+        """Return an option's values. Refuse the value --, as in -t=--, which Python before 3.13 turns into an empty list, and
+        letters for a number: argparse reads llama.cpp's -ngl 99 as -n gl."""
         values = super()._get_values(action, arg_strings)
-        if action.nargs is None and values == []:
-            self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: -- is not a value")
+        letters = action.metavar == "N" and isinstance(values, str) and values[:1].isalpha()
+        if action.nargs is None and (letters or values == []):
+            flaw = f"{values!r} is not a number" if letters else "-- is not a value"
+            self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: {flaw}")
         return values
 
     def _print_message(self, message: str, file: object = None) -> None:
@@ -267,11 +270,6 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def plural(count: int, thing: str) -> str:
-    """Return a count with its noun: 1 worker, 2 workers."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def text_of(content: bytes) -> str | None:

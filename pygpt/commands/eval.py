@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, InputError, NumericalError, shown
+from ..errors import DataError, InputError, NumericalError, plural, shown
 from ..formats.llmc import Example, read_examples, read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..generation.logprobs import score
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
         facts |= {"seconds": seconds, "tokens_per_s": rows / seconds}
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
-        print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
+        print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {plural(facts['threads'], 'thread')}, {', '.join(paths)}")
 
 
 def log_sums(rows: Losses) -> Losses:
@@ -155,7 +155,7 @@ def slide(models: Sequence[GPT2], options: argparse.Namespace) -> tuple[Result, 
     window, stride = window_of(min(model.config.maxT for model in models), options)
     tokens = tokens_in(options, models[0])[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
+        raise InputError(f"{options.subject}: {plural(len(tokens), 'token')}: at least 2 are needed: the first is not scored")
     rows = scored = text_bytes = 0
     found: list[list[float]] = []  # of each window
     with Progress("tokens", len(tokens) - 1) as progress:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..activations import zero
-from ..errors import InputError
+from ..errors import InputError, plural
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
@@ -120,7 +120,7 @@ def report_of(result: Result) -> str:
     labels = [f"layer {one['layer']} head {one['head']}" for one in result["heads"]]
     path = result["model"] if len(result["model"]) <= LONGEST_PATH else f"...{result['model'][3 - LONGEST_PATH :]}"
     return f"""\
-{len(tokens)} tokens, {path}, {result["threads"]} threads
+{len(tokens)} tokens, {path}, {plural(result["threads"], "thread")}
 {text_table([[str(token["id"]) for token in tokens], losses], ["id", "loss"], names)}
 
 what each layer would predict after {names[-1]}, with probabilities in %

@@ -64,6 +64,11 @@ def add_model_options(add: "Callable[..., object]", *, stops: str = "") -> None:
     add("--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file")
 
 
+def load_options(options: argparse.Namespace) -> "dict[str, Any]":
+    """Return the options of add_model_options() as keyword arguments of GPT2.load(), except threads and the draft."""
+    return {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
+
+
 def add_text_options(add: "Callable[..., object]") -> None:
     """Add the options that say how texts are read, to a parser's or group's add_argument()."""
     add("--field", metavar="NAME", help="read JSON lines, whose texts are in this field (default for .jsonl: text)")

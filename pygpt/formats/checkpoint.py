@@ -34,7 +34,7 @@ def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
     for name, value in config.variations.items():
         raise InputError(
             f"{os.fspath(path)}: a .bin file cannot describe a model with {name} = {shown(value)}: "
-            "write a .safetensors file, or with `pygpt convert` a folder (a name that ends in /)"
+            "`pygpt quantize` and `pygpt train` write .safetensors files, `pygpt convert` folders (a name that ends in /)"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
-from ..errors import CheckpointError, InputError, is_whole, shown
+from ..errors import CheckpointError, InputError, is_whole, plural, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format, ModelFile, common_format, layout
@@ -194,15 +194,13 @@ class GGUFFile(ModelFile):
         number = int(cursor.scalar("I", f"the type of {name!r}"))
         if number not in TYPES:
             found = OTHER_TYPES.get(number, f"number {number}")
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of type {found}, but pygpt reads only F32, F16, BF16, Q8_0, Q4_0 and Q6_K: "
-                "use the model's F16 or F32 file, and quantise it with `pygpt quantize`"
-            )
+            known = "pygpt reads only F32, F16, BF16, Q8_0, Q4_0 and Q6_K"
+            way = "use the model's F16 or F32 file, and quantise it with `pygpt quantize`"
+            raise CheckpointError(f"{self.path}: tensor {name!r} is of type {found}, but {known}: {way}")
         kind = TYPES[number]
         if extents[0] % kind.block_values:
-            raise cursor.bad(
-                f"tensor {name!r} has rows of {extents[0]} values, expected a multiple of {kind.block_values} for {kind.name}"
-            )
+            rule = f"expected a multiple of {kind.block_values} for {kind.name}"
+            raise cursor.bad(f"tensor {name!r} has rows of {extents[0]} values, {rule}")
         return name, kind, extents, cursor.count("Q", 0, 1 << 62, f"the offset of {name!r}")
 
     def _place(self, cursor: _Cursor, table: list[tuple[str, Format, tuple[int, ...], int]]) -> dict[str, Tensor]:
@@ -252,12 +250,11 @@ class GGUFFile(ModelFile):
         except InputError as error:
             meaning = ", ".join(f"{ours} is its gpt2.{theirs}" for ours, theirs in DIMENSIONS.items())
             raise self._bad(f"{error} ({meaning})") from None
-        if values.get("gpt2.attention.head_count_kv", config.NH) != config.NH:
-            found_heads = shown(values["gpt2.attention.head_count_kv"])
-            raise self._bad(f"gpt2.attention.head_count_kv is {found_heads}, expected {config.NH} for {config}")
+        if (heads := values.get("gpt2.attention.head_count_kv", config.NH)) != config.NH:
+            raise self._bad(f"gpt2.attention.head_count_kv is {shown(heads)}, expected {config.NH} for {config}")
         _, _, tokens = self._arrays.get(TOKENS, (0, 0, config.V))
         if tokens != config.V:
-            raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
+            raise self._bad(f"tokenizer.ggml.tokens has {plural(tokens, 'token')}, but {NAMES['wte']} has {config.V} rows")
         return config
 
     def _read_formats(self) -> dict[str, Format]:
@@ -373,10 +370,9 @@ def write_gguf(
     for name, kind in formats.items():
         _, _, K = layout(config, name)
         if K % kind.block_values:
-            raise InputError(
-                f"{os.fspath(path)}: {name} has rows of {K} values, but {kind.name} in GGUF needs a multiple of "
-                f"{kind.block_values}: write a .safetensors file, which pads rows, or use --format f16"
-            )
+            rule = f"{kind.name} in GGUF needs a multiple of {kind.block_values}"
+            way = "write a .safetensors file, which pads rows, or use --format f16"
+            raise InputError(f"{os.fspath(path)}: {name} has rows of {K} values, but {rule}: {way}")
     table, end = [], 0
     for name, _ in config.table:
         layers, N, K = layout(config, name)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_number, check_whole, listed, sequence, shown, whole
+from ..errors import InputError, check_number, check_whole, listed, plural, sequence, shown, whole
 from .sampling import check_positive, not_finite
 
 TYPE_CHECKING = False
@@ -97,7 +97,7 @@ class Control:
             row = _returned(function, [*tokens], row)
         if not np.isfinite(top := row.max()):
             which = "every token is excluded" if top == -np.inf else f"the highest logit is {top}"
-            raise InputError(f"{which} after {len(tokens)} tokens: {', '.join(CONTROLS[4:])} must leave a finite one")
+            raise InputError(f"{which} after {plural(len(tokens), 'token')}: {', '.join(CONTROLS[4:])} must leave a finite one")
         return row
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_whole, is_boolean, near, sequence, shown
+from ..errors import InputError, check_whole, is_boolean, near, plural, sequence, shown
 from .control import CONTROLS, Control
 from .sampling import Sampler
 from .stop import Stop
@@ -144,21 +144,20 @@ class Request:
         count, maxT = len(self.tokens), self.config.maxT
         longest = maxT if self.overflow is None else UNBOUNDED
         most = f"the model's {maxT}" if longest == maxT else str(longest)
+        full = f"the prompt has {plural(count, 'token')}, so a new one does not fit in"
         if total is not None and max_new_tokens is not None:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
         if self.prompt_logprobs and max_new_tokens == 0:
             return count
         if self.overflow != "slide" and count == maxT:
-            way = "give fewer, or let the window slide (overflow slide)"
-            raise InputError(f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: {way}")
+            raise InputError(f"{full} the model's {maxT}: give fewer, or let the window slide (overflow slide)")
         if max_new_tokens is not None:
             rule = f" from 1 to {longest - count}, because the prompt takes {count} of {most} tokens"
             total = count + check_whole("max_new_tokens", max_new_tokens, 1, longest - count, rule)
         rule = f" from 2 to {most}; it counts the given tokens, too"
         total = check_whole("total", min(DEFAULT_TOTAL, longest) if total is None else total, 2, longest, rule)
         if count >= total:
-            way = f"give at most {total - 1}, or raise the total (-n)"
-            raise InputError(f"{count} tokens were given, but the total is {total}, so a new one does not fit: {way}")
+            raise InputError(f"{full} the total of {total}: give at most {total - 1}, or raise the total (-n)")
         return min(total, maxT) if self.overflow == "stop" else total
 
     @property

@@ -98,7 +98,7 @@ def loss_by_position(model: GPT2, tokens: Tokens) -> Float64:
     Raises InputError for fewer than 2 tokens, NumericalError if the logits are not finite."""
     ids = check_tokens(model.config, tokens)
     if len(ids) < 2:
-        raise InputError(f"{len(ids)} tokens were given: at least 2 are needed, because the first has no prediction")
+        raise InputError("1 token was given: at least 2 are needed, because the first has no prediction")
     return -np.array([info.logprob for info in next(score(model.network, model.new_cache(), [], ids[:1], [ids[1:]]))])
 
 

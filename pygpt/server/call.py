@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__
 from .._kernels import Trace
-from ..errors import InputError
+from ..errors import InputError, plural
 from ..formats.open import sha256_of
 from ..generation.engine import Event, Job
 from ..generation.request import Request
@@ -110,7 +110,7 @@ class Call:
         if new == 0 and not self.echo:
             raise ApiError("max_tokens is 0: it must be at least 1, or echo must be true", "max_tokens")
         if given + (1 if new is None else new) > maxT:
-            asked = f"{given} tokens" + ("" if new is None else f", and max_tokens is {new}")
+            asked = plural(given, "token") + ("" if new is None else f", and max_tokens is {new}")
             message = f"the prompt has {asked}, but the context of this model is {maxT} tokens: send fewer tokens"
             raise ApiError(message, "prompt" if given >= maxT else "max_tokens", code="context_length_exceeded")
         return min(DEFAULT_NEW, maxT - given) if new is None else new
@@ -130,13 +130,15 @@ class Call:
         return {"sampler": sampler or "sample", **given, **stops, "speculation": self.fields.get("speculation")}
 
 
-def encode(served: Served, text: str, maxT: int) -> list[int]:
-    """Encode a prompt as ids. A text that has more than maxT tokens for certain is refused before it is encoded."""
+def encode(served: Served, text: str, maxT: int, *, special: bool = False) -> list[int]:
+    """Encode a prompt as ids. A text that has more than maxT tokens for certain is refused before it is encoded.
+
+    special: whether special tokens in the text become their ids."""
     if (least := len(text) // LONGEST_TOKEN) > maxT:
         message = f"the text has at least {least} tokens, but the context of this model is {maxT} tokens"
         raise ApiError(message, "prompt", code="context_length_exceeded")
     try:
-        return served.vocabulary("prompt").encode(text)
+        return served.vocabulary("prompt").encode(text, allow_special=special)
     except InputError as error:  # a character that the vocabulary does not have
         raise ApiError(str(error), "prompt") from None
 

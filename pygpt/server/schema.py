@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..errors import shown
+from ..errors import near, shown
 from ..generation.request import MOST_GUESSES
 
 Schema = dict[str, Any]
@@ -95,11 +95,17 @@ TOKENIZE: Fields = {
     **MODEL,
     **dict.fromkeys(("prompt", "content"), _field("a string", **STRING)),
     **dict.fromkeys(("add_special_tokens", "add_special"), _field("true or false, without effect for GPT-2", **FLAG)),
+    "parse_special": _field("true or false (default): whether special tokens in the text become their ids", **FLAG),
     **dict.fromkeys(("with_pieces", "return_token_strs"), _field("true or false: whether to return each token's text", **FLAG)),
 }
 DETOKENIZE: Fields = {**MODEL, "tokens": _field("a list of token ids", **_list(ID))}
-LAYER = _whole(" from 0 (default 0)", 0)
-INSPECT: Fields = {**MODEL, "tokens": _field("a list of token ids, not empty", **IDS), "layer": LAYER}
+INSPECT: Fields = {
+    **MODEL,
+    "tokens": _field("a list of token ids, not empty", **IDS),
+    "layer": _whole(" from 0 (default 0)", 0),
+    "position": _whole(" from 0, of a token (default the last)", 0),
+    "head": _whole(" from 0 (default all)", 0),
+}
 
 
 class ApiError(Exception):
@@ -132,7 +138,7 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
             raise ApiError(f"{name} is missing: it must be {fields[name]['description']}", name)
     for name, value in given.items():
         if name not in fields:
-            raise ApiError(f"unknown field {shown(name)}: the fields are {', '.join(fields)}", name[:60])
+            raise ApiError(f"unknown field {shown(name)}: {near(name, fields)}", name[:60])
         if not fits(value, fields[name]):
             raise ApiError(f"{name} is {shown(value)}: it must be {fields[name]['description']}", name)
     return given

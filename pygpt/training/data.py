@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import LIMITS
-from ..errors import DataError, InputError, check_whole, real, shown
+from ..errors import DataError, InputError, check_whole, plural, real, shown
 from ..formats.llmc import Path, Tokens, as_tokens, check_ids, read_tokens
 
 Batch = npt.NDArray[np.int32]  # (B, T)
@@ -36,7 +36,7 @@ def split(
     share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens."""
     count = len(tokens)
     if count < 2:
-        raise InputError(f"{count} tokens cannot be split: at least 2 are needed")
+        raise InputError(f"{plural(count, 'token')} cannot be split: at least 2 are needed")
     if (val_tokens is None) == (val_fraction is None):
         raise InputError("give either val_tokens, a number of first tokens, or val_fraction, a share at the end")
     if val_tokens is not None:
@@ -87,7 +87,7 @@ class DataLoader:
             if count < B * T + 1 and (i < last or not last):  # `pygpt shards` writes the rest into the last shard
                 needed = f"B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed: use a longer text, or make B or T smaller"
                 or_else = ", or leave this file out" if last else ""
-                raise DataError(f"{name}: {count} tokens are too few for one batch: {needed}{or_else}")
+                raise DataError(f"{name}: {plural(count, 'token')}, too few for one batch: {needed}{or_else}")
         if labels is not None and (tokens is None or labels.shape != tokens.shape):
             raise InputError(f"labels have shape {labels.shape}: they need one label for each of the tokens in memory")
         self._labels, self.masked = labels, labels is not None

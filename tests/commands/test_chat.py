@@ -693,11 +693,11 @@ class Echo:
 class Bench:
     """A chat in this process, for a model with this context, and the Echo that answers it."""
 
-    def __init__(self, *words: str, maxT: int = 64, model: str | None = None, eot: bool = False) -> None:
+    def __init__(self, *words: str, maxT: int = 64, model: str | None = None, eot: bool = False, **loading: Any) -> None:
         self.echo = Echo()
         config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
         self.settings = chat_module.Settings(chat_module.parse(words if eot else ["--no-stop-at-eot", *words]), config)
-        self.chat = chat_module.Chat(self.echo, self.settings, model=model)  # type: ignore[arg-type]
+        self.chat = chat_module.Chat(self.echo, self.settings, model, **loading)  # type: ignore[arg-type]
 
     def take(self, *lines: str) -> None:
         for line in lines:
@@ -953,14 +953,16 @@ def test_tokens_shows_ids_and_pieces(bench: Bench, capsys: pytest.CaptureFixture
     ]
 
 
+@pytest.mark.parametrize("weights", [None, "q4_0"])
 def test_probs_shows_the_most_probable_tokens(
-    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, weights: str | None
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    bench = Bench(weights=weights)
     bench.take("/set sampler greedy", "hello there")
     capsys.readouterr()
     bench.take("/probs")
-    with GPT2.load(EMBEDDED_MODEL) as model:
+    with GPT2.load(EMBEDDED_MODEL, weights=weights) as model:
         logits = model.logits(ids_of("hello there"))[-1].astype(np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     best = np.argsort(-probabilities)[:10]
@@ -1020,7 +1022,7 @@ def test_stats_go_to_stderr_on_request(bench: Bench, capsys: pytest.CaptureFixtu
     ("times", "told"),
     [
         ([5.0], "0 tokens"),
-        ([5.0, 5.25], "1 tokens, the first after 0.25 s"),
+        ([5.0, 5.25], "1 token, the first after 0.25 s"),
         ([5.0, 5.0, 5.0], "2 tokens, the first after 0.00 s"),
         ([5.0, 6.0, 6.5, 7.0], "3 tokens, the first after 1.00 s, then 2.0 tokens/s"),
     ],
@@ -1032,7 +1034,7 @@ def test_speed_counts_from_the_first_token(times: list[float], told: str) -> Non
 def test_stats_flag(fake: Fake) -> None:
     result = fake.run("--stats", "hi")
     assert result.stdout == b"hi\n"
-    assert result.stderr.startswith(b"pygpt: 1 tokens, the first after ")
+    assert result.stderr.startswith(b"pygpt: 1 token, the first after ")
 
 
 def test_stats_count_guesses() -> None:
@@ -1653,9 +1655,9 @@ def answer(tokens, new):
     assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
-@pytest.mark.parametrize(("options", "status"), [(["-m", "no.bin"], 2), (["-t", "0"], 2), (["-t", "x"], 2), (["-t", "257"], 2)])
-def test_real_error_is_one_line(real: Fake, options: list[str], status: int) -> None:
-    assert_refused(real.run(*options, "hi"), status, options[1])
+@pytest.mark.parametrize("options", [("-m", "no.bin"), ("-t", "0"), ("-t", "x"), ("-t", "257"), ("--weights", "q3")])
+def test_real_error_is_one_line(real: Fake, options: tuple[str, str]) -> None:
+    assert_refused(real.run(*options, "hi"), 2, options[1])
 
 
 def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> None:

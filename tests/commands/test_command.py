@@ -280,6 +280,7 @@ NINES = "9" * 40  # the part that an error shows
         (["-t", HUGE, "5"], [NINES]),
         (["--reference", "-t", "0", "5"], ["threads", "0"]),
         (["--reference", "50257"], ["50257"]),
+        (["-ngl", "99", "-n", "4", "5"], ["-n", "gl"]),
         (["--sampler", "best", "5"], ["'best'", "median", "greedy"]),
         (["--sampler", "", "5"], ["''"]),
         (["--sampler", "Greedy", "5"], ["'Greedy'"]),

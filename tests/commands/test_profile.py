@@ -910,7 +910,7 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--speculate", "many"], "'many'"),
         (["--speculate", "65"], "speculation is 65"),
         (["--draft-model", "q8_0"], "--draft-model ... without --speculate"),
-        (["--speculate", "auto", "--prompt-length", "225"], "make -n smaller"),
+        (["--speculate", "auto", "--prompt-length", "225"], "prompt-length, -n"),
         (["--what"], "--what"),
         (["surplus"], "surplus"),
     ],

@@ -120,7 +120,7 @@ def test_numbers_of_the_format_pass_unchanged_from_file_to_file(folder: Path, fo
 
 def test_ragged_rows_are_padded_in_panels_and_refused_for_gguf(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("odd.bin", L=1, NH=1, C=20, V=9, maxT=3)
-    refused(capsys, ["odd.bin", "odd.gguf"], "odd.gguf", "rows of 20 values", "q8_0", "multiple of 32", ".safetensors")
+    refused(capsys, ["odd.bin", "odd.gguf"], "odd.gguf", "wte has rows of 20 values", "q8_0", "multiple of 32", ".safetensors")
     assert main(["odd.bin", "odd.safetensors"]) == 0
     source, found = all_of("odd.bin"), all_of("odd.safetensors")
     for name in (*QUANTISED, "wte"):

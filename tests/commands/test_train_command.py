@@ -569,7 +569,7 @@ def files() -> dict[str, bytes]:
         (["--data", "missing*.txt"], "missing*.txt"),
         (["--data", "*.*"], "train on one kind"),
         (["--data", "latin.txt", "--shape", TEXT_SHAPE], "latin.txt: byte 0xe4"),
-        (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 tokens"),
+        (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 token"),
         (["--data", "few.txt", "--shape", TEXT_SHAPE], "few.txt: tokens: 9 tokens"),
         (["--data", "few.txt"], "this model has 61 ids"),
         (["--val", "few.txt"], "this model has 61 ids"),
@@ -700,6 +700,8 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["--out", "taken"], "taken.bin: exists already"),
         (["--log", "taken.bin"], "taken.bin: exists already"),
         (["--warmup", "3"], "warmup is 3 ... 0 to 2"),
+        (["--steps", "1"], "--steps is 1 ... 2"),
+        (["--patience", "1"], "--patience need validation data"),
     ],
 )
 def test_refusals_of_a_resumed_run(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:

@@ -81,6 +81,7 @@ def test_other_methods_and_paths(at: Live, method: str) -> None:
     missing = at.ask("GET", "/v2/\u001b[31m".encode().decode("ascii", "ignore").replace("\x1b", "%1b"), **KEY)
     assert missing.status == 404
     assert missing.json()["error"]["message"].isprintable()
+    assert "did you mean /v1/completions" in at.ask(method, "/completion", **KEY).json()["error"]["message"]
     assert at.ask("HEAD", "/health").status == 200
     assert at.ask("HEAD", "/health").body == b""
 
@@ -169,6 +170,10 @@ def test_tokens(at: Live) -> None:
     assert post("/tokenize", prompt="a", return_token_strs=True)["token_strs"] == ["a"]
     assert post("/detokenize", tokens=ids) == {"prompt": text, "content": text}
     assert post("/tokenize", prompt="x y " * 1000)["count"] == 2001
+    for special in (False, True):
+        found = post("/tokenize", content="a<|endoftext|>", parse_special=special)["tokens"]
+        assert found == Tokenizer().encode("a<|endoftext|>", allow_special=special)
+        assert (found[-1] == 50256) == special
     assert post("/tokenize")["error"]["param"] == "prompt"
     assert post("/detokenize", tokens=[50257])["error"]["param"] == "tokens"
     info = at.ask("GET", "/tokenizer_info", **KEY).json()
@@ -187,6 +192,13 @@ def test_the_attention_of_the_last_token(path: Path) -> None:
             exact = [row - np.logaddexp.reduce(row) for row in lens.astype(np.float64)]
             given = [[one["logprob"] for one in top] for top in found["lens"]]
             assert np.allclose(given, [row[np.argsort(-row)[:3]] for row in exact], rtol=0, atol=1e-5)  # float32 logits
+        of_one = running.ask("POST", "/inspect", {"tokens": tokens, "position": 2, "head": config.NH - 1}).json()
+        cut = running.ask("POST", "/inspect", {"tokens": tokens[:3]}).json()
+        assert of_one == {"attention": cut["attention"][-1:], "lens": cut["lens"]}
+        for name, limit in (("position", len(tokens)), ("head", config.NH)):
+            wrong = running.refused(400, {"tokens": tokens, name: limit}, "/inspect")["message"]
+            assert f"a {name} is {limit}" in wrong
+            assert f"to {limit - 1}" in wrong
         error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
         assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
         assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")
@@ -587,7 +599,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--host", "192.0.2.1"], ["192.0.2.1", "cannot listen"]),
         (["--host", "no such host"], ["no such host", "cannot listen"]),
         (["--uds", "/nowhere/socket"], ["/nowhere/socket"]),
-        (["--uds", "{long}"], ["cannot listen"]),
+        (["--uds", "{long}"], ["cannot listen", "path too long;"]),
         (["--api-key", ""], ["API key"]),
         (["--api-key-file", "/nowhere"], ["/nowhere", "cannot read"]),
         (["--api-key-file", "{empty}"], ["no key"]),
@@ -653,9 +665,9 @@ def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
 
 def test_keys_from_a_file(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("one\n\ntwo\n")
+    file.write_text("one\n\n# a comment\ntwo\n")
     os.chmod(file, 0o600)
     process = ServerProcess("-m", str(path), "--api-key-file", str(file), "--api-key", "three")
-    statuses = [process.at.ask("GET", "/v1/models", X_Api_Key=key).status for key in ("one", "two", "three", "four")]
+    statuses = [process.at.ask("GET", "/v1/models", X_Api_Key=key).status for key in ("one", "two", "three", "# a comment")]
     assert statuses == [200, 200, 200, 401]
     assert process.end(signal.SIGTERM)[0] == 0

@@ -196,7 +196,7 @@ def test_bad_options_are_refused(model: GPT2, options: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"suppress_tokens": range(V)}, "every token .* 1 tokens"),
+        ({"suppress_tokens": range(V)}, "every token .* 1 token:"),
         ({"logits_processor": lambda ids, row: row[:3]}, "logits_processor returned .*logits"),
         ({"logits_processor": lambda ids, row: "x"}, "logits_processor returned 'x'"),
         ({"logits_processor": lambda ids, row: row * math.nan}, "logit is nan"),

@@ -284,9 +284,9 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
         (lambda path: DataLoader([0, -1], 1, 1), "tokens: .*token id -1 .*position 1"),
         (
             lambda path: DataLoader(path, 1, 5),
-            r"a.bin: 5 tokens .*1\*5 \+ 1 = 6",
+            r"a.bin: 5 tokens, .*1\*5 \+ 1 = 6",
         ),
-        (lambda path: DataLoader([path.replace("a.bin", "b.bin"), path], 1, 4), r"b.bin: 2 tokens .* leave this file out"),
+        (lambda path: DataLoader([path.replace("a.bin", "b.bin"), path], 1, 4), r"b.bin: 2 tokens, .* leave this file out"),
         (lambda path: DataLoader([1, 2], 2, 1), "tokens: 2 tokens"),
         (lambda path: DataLoader(path + "x", 1, 4), "pattern"),
         (lambda path: DataLoader([], 1, 4), "empty"),

@@ -396,7 +396,7 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": pair("x", 9, struct.pack("<IQ", 0, 1 << 62))}, ("the length of 'x'",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1 << 62))}, ("truncated: 'x'",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 63))}, ("truncated: 'x'",)),
-    ({"a": pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + string("a"))}, ("tokens has 1 tokens", "65 rows")),
+    ({"a": pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + string("a"))}, ("tokens has 1 token", "65 rows")),
 ]
 
 

@@ -234,7 +234,7 @@ def test_a_full_context_has_no_room(model: GPT2) -> None:
     for options in ({}, {"max_new_tokens": 1}, {"overflow": "stop"}, {"total": SHAPE.maxT + 1}):
         with pytest.raises(InputError, match=rf"{SHAPE.maxT} tokens.* {SHAPE.maxT}\b"):
             model.generate([1] * SHAPE.maxT, **options)
-    with pytest.raises(InputError, match="1 tokens"):
+    with pytest.raises(InputError, match="1 token "):
         split(np.arange(1), val_tokens=1)
 
 

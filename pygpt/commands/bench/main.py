@@ -37,7 +37,7 @@ from ..._kernels import cpu_info
 from ...ceilings import Ceilings
 from ...config import Config
 from ...cpus import processors
-from ...errors import InputError, PyGPTError
+from ...errors import InputError, PyGPTError, plural
 from ...formats.open import open_floats, open_model
 from ...formats.panels import QUANTISED
 from ...generation.request import check_speculation
@@ -274,7 +274,7 @@ def print_text(machine: Result, results: list[Result], columns: Sequence[tuple[s
         read, fma = machine["read_gb_s"][threads], machine["fma_gflop_s"][threads]
         update = f", AdamW's traffic {machine['stream_gb_s'][threads]:.1f} GB/s" if "stream_gb_s" in machine else ""
         dots = "".join(f", {kind} products {rates[threads]:.0f} Gop/s" for kind, rates in machine["dot_gop_s"].items())
-        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{dots}{update}")
+        print(f"limits of {plural(int(threads), 'thread')}: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{dots}{update}")
     print()
     print_results(results, columns)
     first = results[0] if results else {}

@@ -135,7 +135,7 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
         given = f"{len(prompt)} prompt tokens and {options.new} new tokens"
-        raise InputError(f"{given} exceed the model's context of {maxT}: make -n smaller")
+        raise InputError(f"{given} exceed the model's context of {maxT}: make one of them smaller (--prompt-length, -n)")
     asked = prompt, options.new, options.sampler, options.all_workers, options.weights
     return job.Generation(*asked, options.speculate, options.draft_model)
 

@@ -5,8 +5,7 @@ import os
 import textwrap
 from typing import Any
 
-from ...errors import InputError
-from ..console import plural
+from ...errors import InputError, plural
 from .job import STAGES
 
 WIDTH = 100

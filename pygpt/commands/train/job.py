@@ -100,6 +100,8 @@ class Job:
                 raise InputError(f"{flag(name)} is {shown(value)}: it must be a whole number from {low} to {high}")
         if self.version not in VALUE_BYTES:
             raise InputError(f"--version is {self.version}: it must be 3 (float32) or 5 (bfloat16)")
+        if (self.patience or self.keep_best) and not (self.val or self.val_tokens or self.val_fraction):
+            raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
 
 
 def is_name(text: str) -> bool:
@@ -121,8 +123,6 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
         raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
     if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
         raise InputError("--val, --val-tokens and --val-fraction exclude each other: give at most one of them")
-    if ("patience" in given or "keep_best" in given) and not {"val", "val_tokens", "val_fraction"} & set(given):
-        raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
@@ -146,7 +146,9 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
     if part.get("val") and (job.val_tokens or job.val_fraction):
         raise InputError("--val was given, but this run validates on a part of --data: leave it out, or start a new run")
     settings = {name: given[name] for name in OPTIMIZER & set(given)}
-    before = state.progress.options
+    before, done = state.progress.options, state.progress.step
+    if settings.get("steps", done) < done:
+        raise InputError(f"--steps is {settings['steps']}, but the state has {done}: give a larger total, or leave --steps out")
     changes = [(name, old[name], value) for name, value in part.items()]
     changes += [(name, getattr(before, name), value) for name, value in settings.items()]
     notices = [f"{flag(name)} changes from {was} to {value}" for name, was, value in changes if value != was]
@@ -358,8 +360,7 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
             raise InputError(f"{path}: was given for two uses: data, --out, --log and --plot must be different files")
     for path in () if force else (*written, *older, *drawings):
         if os.path.realpath(path) not in mine and os.path.lexists(path):
-            advice = "give another name, --force to replace it, or --resume to continue its run"
-            raise InputError(f"{path}: exists already: {advice}")
+            raise InputError(f"{path}: exists already: give another name, --force to replace it, or --resume to continue it")
     for path in drawings:
         check_writable(path, make_folder=True)
     if drawings:
@@ -375,8 +376,7 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
         needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * config.parameters(padded=True)
         folder = os.path.dirname(os.path.realpath(output.state))
         if (free := shutil.disk_usage(folder).free) < needed:
-            text = f"{free} bytes are free, but state and model take {needed}"
-            raise PyGPTError(f"{folder}: {text}: make room, or save elsewhere")
+            raise PyGPTError(f"{folder}: {free} bytes are free, but state and model take {needed}: make room or save elsewhere")
 
 
 class Report(Closing):
@@ -398,10 +398,10 @@ class Report(Closing):
             self._file = open(path, "ab")  # noqa: SIM115 (close() closes it)
 
     def step(self, record: Record) -> None:
-        """Report a step."""
+        """Report a step, to the log first: if stdout is closed, the run is saved with this step, and so is its log."""
+        self._add(record._asdict())
         self.progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
         self.progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
-        self._add(record._asdict())
 
     def validated(self, step: int, loss: float) -> None:
         """Report the validation loss of the weights before this step. The log's line of this step will contain it."""

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from ... import __version__
 from ..._kernels import cpu_info
 from ...config import Config
-from ...errors import InputError, NumericalError, PyGPTError
+from ...errors import InputError, NumericalError, PyGPTError, plural
 from ...formats.llmc import read_debug_state
 from ...formats.open import set_tokenizer, vocabulary_beside, write_beside
 from ...hub.find import find_model
@@ -38,7 +38,7 @@ from ...training.state import TrainingState, open_state
 from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Trainer, open_ranks
 from ..bench.measuring import laps
-from ..console import Parser, Progress, check_stdout, plural, say, status_of, whole
+from ..console import Parser, Progress, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options, parse_number
 from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
 
@@ -460,7 +460,7 @@ def run_estimate(given: dict[str, Any]) -> None:
     batch, update, threads = measure(config, job.B, job.T, given.get("threads"))
     P = config.parameters(padded=True)
     print(f"model: {P} parameters; step: {parts} parts of {options.accumulate} x {job.B} x {job.T} tokens")
-    print(f"measured here with {threads} threads: {batch:.3f} s for {job.B} x {job.T} tokens, {update:.3f} s for an update")
+    print(f"measured with {plural(threads, 'thread')}: {batch:.3f} s for {job.B} x {job.T} tokens, {update:.3f} s an update")
     print(f"network: {gbit:g} Gbit/s; memory of a rank: weights, gradients and moments, without activations\n")
     print("ranks  compute s  messages s   step s  tokens/s  speed-up  efficiency      MB")
     counts = [count for count in range(1, ranks + 1) if parts % count == 0]

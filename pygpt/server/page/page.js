@@ -194,7 +194,7 @@ async function complete(prompt, echo, length) {
         return { id, bytes, logprob: found.token_logprobs[i], top: found.top[i], given: isGiven };
       }));
     }
-    say(`${tokens.length} tokens.`);
+    say(`${tokens.length} token${tokens.length === 1 ? "" : "s"}.`);
   } finally {
     running = null;
     const ids = typeof prompt === "string" ? tokens.filter((token) => token.given).map((token) => token.id) : prompt;
