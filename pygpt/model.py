@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .errors import InputError
+from .errors import InputError, PyGPTError, check_whole
 from .formats.dtypes import ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -62,8 +62,8 @@ class GPT2(Generator):
         vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
         ids beyond the tokenizer's, so that they are never chosen.
 
-        draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights at the first use (default: q8_0 for
-        float32, q4_0 for smaller formats). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
+        draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights (default: one of the two, at the
+        first use). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
         Raises CheckpointError for a file that is not a model, InputError for bad threads, weights, tokenizer or draft."""
         found, _ = find_model(path)
         checkpoint = open_weights(found, mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only)
@@ -80,20 +80,25 @@ class GPT2(Generator):
         """Take the draft that load() was asked for. Raises InputError for a model with another vocabulary."""
         from .formats.panels import QUANTISED
 
-        self._draft_weights = draft if draft in QUANTISED else None
-        if draft in (*QUANTISED, "lookup"):
-            return
-        checkpoint = open_weights(find_model(draft)[0])
-        if checkpoint.config.V != self.config.V:
-            checkpoint.close()
-            counts = f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}"
-            raise InputError(f"{counts}: give a draft with the model's vocabulary")
-        self._draft = self._draft_from(checkpoint)
+        self._draft_weights = None
+        if draft in QUANTISED:
+            self._draft = self._draft_from(self.network.quantised(draft))
+        elif draft != "lookup":
+            checkpoint = open_weights(find_model(draft)[0])
+            if checkpoint.config.V != self.config.V:
+                checkpoint.close()
+                counts = f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}"
+                raise InputError(f"{counts}: give a draft with the model's vocabulary")
+            self._draft = self._draft_from(checkpoint)
 
     def draft(self, make: bool) -> Draft | None:
-        """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once."""
+        """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once:
+        if that fails, for example without memory, only the text guesses."""
         if self._draft is None and make and self._draft_weights is not None:
-            self._draft = self._draft_from(self.network.quantised(self._draft_weights))
+            try:
+                self._draft = self._draft_from(self.network.quantised(self._draft_weights))
+            except (PyGPTError, MemoryError):  # no memory, or values that are too large: the request can do without
+                self._draft_weights = None
         return self._draft
 
     def _draft_from(self, checkpoint: ModelFile) -> Draft:
@@ -174,6 +179,7 @@ class GPT2(Generator):
         positions: "Iterable[SupportsIndex] | None" = None,
         edits: "Mapping[Any, Value] | None" = None,
         out: "Mapping[str, npt.NDArray[np.float32]] | None" = None,
+        chunk: "SupportsIndex" = CHUNK,
     ) -> "dict[str, npt.NDArray[np.float32]]":
         """Run a sequence of T tokens; return the named activations in float32, with the bits of an ordinary step.
 
@@ -183,7 +189,8 @@ class GPT2(Generator):
         layer before, or encoded. residual3 is residual2 + fcproj.
 
         layers, positions: which to return, in this order (default: all). out: arrays of the right shapes to fill and return,
-        such as numpy.memmap. All other arrays together may take 2 GiB.
+        such as numpy.memmap. All other arrays together may take 2 GiB. chunk: the most tokens of one step, without edits.
+        Steps of other threads run in between.
 
         edits: map (name, layer, position) to changes, made in this order. The layer is None for encoded, lnf and logits;
         position None means all. A change is an array that replaces the activation, add(), scale(), zero(), or a function that
@@ -198,7 +205,7 @@ class GPT2(Generator):
         capture = Capture(self.config, len(ids), names, layers, positions, out)
         watch = Watch(Edits(self.config, {} if edits is None else edits, len(ids)), capture)
         cache = self.new_cache(len(ids))
-        size = CHUNK if edits is None else len(ids)  # a function gets the whole array
+        size = check_whole("chunk", chunk, 1, CHUNK) if edits is None else len(ids)  # a function gets the whole array
         for start in range(0, len(ids), size):
             rows = [(token, cache, i in capture.wanted) for i, token in enumerate(ids[start : start + size], start)]
             self.network.step(rows, watch=watch)

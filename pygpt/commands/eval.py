@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = shared.add_argument
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     parser = Parser(prog="pygpt eval", usage="pygpt eval perplexity|hellaswag|next|compare ... [options]", description=__doc__)
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
 
@@ -87,8 +87,6 @@ def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the models, run the task, and print the result."""
     if options.task is None:
         raise InputError("the task is missing: give perplexity, hellaswag, next or compare; see --help")
-    if options.output not in ("text", "json"):
-        raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]

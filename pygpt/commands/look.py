@@ -41,15 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-k", "--top", metavar="K", type=whole(2, 50), default=5, help="number of predictions and heads to show (default 5)")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, look, and print the result."""
-    if options.output not in ("text", "json"):
-        raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
     if options.plot is not None:
         matplotlib()  # if it is missing, report that now

@@ -90,8 +90,8 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
 
 def parse_speculation(text: str) -> int | bool:
     """Read the value of --speculate. Raises InputError unless it is auto, off or a whole number."""
-    words = {"auto": True, "off": False}
-    return words[text] if text in words else parse_count("speculation (--speculate)", text)
+    rule = "auto, off, or a whole number from 1 to 64"
+    return text == "auto" if text in ("auto", "off") else parse_count("speculation (--speculate)", text, rule)
 
 
 def parse_list(name: str, texts: "list[str]") -> "Any":
@@ -113,10 +113,10 @@ def parse_id(text: str) -> int:
     return int(text[-18:])
 
 
-def parse_count(name: str, text: str) -> int:
+def parse_count(name: str, text: str, rule: str = "a whole number, 0 or more") -> int:
     """Read an option's whole number. Raises InputError if the text is anything but 1 to 20 ASCII digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number, 0 or more")
+        raise InputError(f"{name} is {text[:40]!r}: it must be {rule}")
     return int(text)
 
 

@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shard-size", metavar="N", type=count, help="tokens in each shard; the last may have fewer (default: one file)")
     add("--val-tokens", metavar="N", type=count, help="use the first N tokens for validation")
     add("--val-fraction", metavar="F", type=fraction, help="use this last part of the tokens for validation, such as 0.1")
-    add("--eot", metavar="WHERE", help="where to add <|endoftext|>: paragraph (default), document (default for .jsonl) or none")
+    where = "where to add <|endoftext|>: paragraph (default), document (default for .jsonl) or none"
+    add("--eot", metavar="WHERE", choices=EOT_MODES, help=where)
     add_text_options(add)
     add("--tokenizer", metavar="FILE", help=f"{TOKENIZER_HELP[: TOKENIZER_HELP.index(' (')]} (default: GPT-2's)")
     add("--show", metavar="FILE", help="print the size and the first tokens of a shard")
@@ -68,8 +69,6 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("the text is missing: name at least one text file, or - for stdin")
     if options.output is None:
         raise InputError("-o is missing: give a folder for the files, or the beginning of their names")
-    if options.eot not in (None, *EOT_MODES):
-        raise InputError(f"--eot is {options.eot[:40]!r}: it must be one of {', '.join(EOT_MODES)}")
     if options.val_tokens is not None and options.val_fraction is not None:
         raise InputError("--val-tokens and --val-fraction were both given: give one")
     advice = "check the name of the text"

@@ -151,7 +151,7 @@ static inline void keep_top(float *e, const float *x, ptrdiff_t V, const sample_
 
 static inline void weigh(float *e, const float *x, ptrdiff_t V, double max, double temperature, exps_function *exps) {
     for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / temperature);
-    exps(e, e, 0.0f, V);
+    exps(e, e, 0.0f, V); /* the highest logit has the weight 1 */
 }
 
 /* Compute the weights (V,) for sampling: exp of the logits divided by the temperature, 1 for the highest. Then top_k, top_p and

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, InputError, PyGPTError, is_whole
+from ..errors import CheckpointError, InputError, is_whole
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import MODEL_KIND, MappedFile
 
@@ -149,10 +149,10 @@ def header_of(metadata: dict[str, str], tensors: Iterable[tuple[str, str, tuple[
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def parse_object(text: bytes, what: str, refusal: type[PyGPTError] = CheckpointError) -> "dict[str, Any]":
-    """Parse an untrusted JSON object with unique names. Raises `refusal`, which names it by `what`, for other text."""
+def parse_object(text: bytes, what: str, refusal: type[Exception] = CheckpointError, **options: "Any") -> "dict[str, Any]":
+    """Parse an untrusted JSON object with unique names. Raises `refusal`, which begins with `what`, for other text."""
     try:
-        found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
+        found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique, **options)
     except (ValueError, RecursionError) as error:
         raise refusal(f"{what} is not JSON: {error}") from None
     if not isinstance(found, dict):

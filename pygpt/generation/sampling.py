@@ -95,7 +95,7 @@ class Sampler:
         if seed is None:
             return sample(self.name, logits, row)
         shape = {"temperature": self.temperature, "min_p": self.min_p}
-        if self.top_k == 0 and self.top_p == 1 and 1e-3 <= self.temperature <= 1e3:
+        if self.top_k == 0 and self.top_p == 1 and 1e-3 <= self.temperature <= 1e3:  # bounds are in float32
             token = draw(logits, row, **shape, seed=seed, stream=stream, step=step)
         else:
             weights = sample_weights(logits, row, **shape, top_k=min(self.top_k, 1 << 62), top_p=self.top_p)

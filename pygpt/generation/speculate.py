@@ -35,6 +35,7 @@ QUICK_S = 0.0005  # a plain step that is shorter reads its weights from a cache:
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 FEW = 4  # sequences: with more, guesses gain little, and then lose it, because some sequences end much earlier than others
 ROWS = 16  # of a step with guesses: more rows make a step bound by arithmetic
+FIXED_ROWS = 128  # the same for a fixed number of guesses: their logits take 26 MB with GPT-2's vocabulary
 SURE = 1.5  # a predicted gain that needs no fresh times
 FRESH = 16  # steps: for a smaller gain, the next step is plain after so many with guesses, to measure its time again
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
@@ -162,6 +163,7 @@ class Speculator:
         self._row: float | None = None  # seconds of one more row
         self._age = 0  # steps with guesses since the latest plain one
         self._gain = 0.0  # the highest predicted one of the sequences of a step
+        self._may_make = True  # until the draft that is wanted cannot be made
         self.drafted = self.accepted = 0
 
     def guess(self, parts: list[tuple[Completion, Memory, Speculation]], sequences: int) -> list[list[int]]:
@@ -173,14 +175,14 @@ class Speculator:
         wanted: list[tuple[int, int]] = []
         for i, (completion, memory, state) in enumerate(parts):
             fixed = completion.speculation or 0
+            most = min(fixed, FIXED_ROWS // sequences - 1) if fixed else limit
+            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, most)
+            if room < 1:
+                continue
             state.vain += LOOK_S
             if not fixed and plain is not None and state.vain > LOOKS * plain / sequences:
                 state.rest, state.vain = len(completion.sequence) + int(LOOKS / IN_VAIN), 0.0
-            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, fixed or limit)
-            if room < 1:
-                continue
-            looked = state.look_up(completion.sequence, room)
-            state.drafted = False
+            looked, state.drafted = state.look_up(completion.sequence, room), False
             count = self._count(completion, state, room, looked, sequences)
             if count < 0:
                 found[i] = looked[:-count]
@@ -188,8 +190,9 @@ class Speculator:
                 wanted.append((i, count))
         if self._age >= FRESH and 0 < self._gain < SURE:
             return [[] for _ in parts]
-        if wanted and (draft := self._draft(True)) is not None:
-            guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted])
+        if wanted:
+            self._may_make = (draft := self._draft(True)) is not None
+            guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted]) if draft is not None else [[]] * len(wanted)
             for (i, _), tokens in zip(wanted, guesses, strict=True):
                 found[i], parts[i][2].drafted = tokens, True
         return found
@@ -199,16 +202,17 @@ class Speculator:
         steps of one of the sequences. Until a guess, or a row of a guess, is timed, there is only one."""
         fixed, draft = completion.speculation, self._draft(False)
         if sequences not in self._plains and not fixed:
+            self._gain = max(self._gain, 1.0)  # beside a fixed number, only a plain step on purpose gives its time
             return 0
         plain = self._plains.get(sequences, 1.0)
         row = ROW if self._row is None else self._row * sequences / plain
         guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
         by_lookup, looks = state.lookups.best(len(looked) if fixed or self._row is not None else min(len(looked), 1), row)
+        may_make = self._may_make and (fixed or (completion.guesses >= SOON and plain >= QUICK_S))
+        most = room if fixed or (draft is not None and draft.seconds is not None) else min(room, 1)
+        by_draft, drafts = state.drafts.best(most, row + guess) if draft is not None or may_make else (0.0, 0)
         if fixed:
-            return -len(looked) if looked and by_lookup >= state.drafts.best(room, row + guess)[0] else room
-        may_draft = draft is not None or (completion.guesses >= SOON and plain >= QUICK_S)
-        new = draft is None or draft.seconds is None
-        by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)
+            return -len(looked) if looked and by_lookup >= by_draft else room
         if (gain := max(by_lookup, by_draft)) >= WORTH:
             self._gain = max(self._gain, gain)
             return -looks if by_lookup >= by_draft else drafts
@@ -222,8 +226,9 @@ class Speculator:
         """Note the time of a step with one row for each sequence and so many rows of guesses, choices included."""
         self._age = self._age + 1 if guesses else 0
         plain = self._plains.get(sequences)
-        if not guesses:
-            self._plains[sequences] = mean(plain, seconds, 0.3)
+        stale = plain is not None and seconds < 0.8 * plain  # such as a first step, which reads the model from the disk
+        if stale or not guesses:
+            self._plains[sequences] = mean(None if stale else plain, seconds, 0.3)
         elif plain is not None:
             self._row = mean(self._row, max(seconds - plain, 0.0) / guesses, 0.2)
 

@@ -41,6 +41,7 @@ from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 LENS = 3  # the most probable tokens of a layer
+LOOKED = 64  # tokens of a step that looks inside: completions go on between such steps
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
 OWN = "; ".join(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect"))
 POLICY = f"{OWN}; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -272,7 +273,7 @@ class Server:
         if ("prompt" in fields) == ("content" in fields):
             raise ApiError("give prompt or content: exactly one of them", "prompt")
         text = fields.get("prompt", fields.get("content", ""))
-        ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
+        ids = await _unhurried(len(text), partial(encode, served, text, len(text), special=fields.get("parse_special", False)))
         if "content" in fields:
             if not fields.get("with_pieces"):
                 return {"tokens": ids}
@@ -305,12 +306,12 @@ class Server:
             raise ApiError(f"the model ran 0 steps in {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
 
     async def inspect(self, request: Request, fields: dict[str, Any]) -> Any:
-        """Return the last token's attention in one layer, for each head, and what each layer would predict (the logit lens)."""
+        """Return a token's attention in one layer, for one head or each, and what each layer would predict (the logit lens)."""
         served, tokens = self.served(fields.get("model")), fields["tokens"]
         served.check_ids("tokens", tokens)
         async with self.admitted(1):
             try:
-                attention, tops = await asyncio.to_thread(_inside, served.model, tokens, fields.get("layer", 0))
+                attention, tops = await asyncio.to_thread(_inside, served.model, tokens, fields)
             except InputError as error:
                 raise ApiError(str(error)) from None
         named = [[{"id": i, "bytes": list(served.bytes_of([i])), "logprob": logprob} for i, logprob in top] for top in tops]
@@ -329,13 +330,16 @@ class Server:
         return FileResponse(os.path.join(PAGE, name), headers=headers)
 
 
-def _inside(model: GPT2, tokens: list[int], layer: int) -> tuple[list[list[float]], list[Any]]:
-    """Return the last token's attention, (NH, T), and the most probable (id, log-probability) after each stream."""
-    check_whole("a layer", layer, 0, model.config.L - 1)
-    found = model.activations(tokens, ["probs", "encoded", "residual3"], positions=[len(tokens) - 1])
+def _inside(model: GPT2, tokens: list[int], fields: dict[str, Any]) -> tuple[list[list[float]], list[Any]]:
+    """Return the attention of one token, (heads, T), and the most probable (id, log-probability) after each stream."""
+    layer = check_whole("a layer", fields.get("layer", 0), 0, model.config.L - 1)
+    position = check_whole("a position", fields.get("position", len(tokens) - 1), 0, len(tokens) - 1)
+    head = check_whole("a head", fields.get("head", 0), 0, model.config.NH - 1)
+    found = model.activations(tokens[: position + 1], ["probs", "encoded", "residual3"], positions=[position], chunk=LOOKED)
     logits = model.logits_of(numpy.concatenate([found["encoded"], found["residual3"][:, 0]]))  # [L + 1, V]
     tops = [log_probabilities(logits.data, row, 0, LENS) for row in range(len(logits))]
-    return found["probs"][layer, :, 0].tolist(), [[] if top is None else top[1] for top in tops]
+    probs = found["probs"][layer, head : head + 1 if "head" in fields else None, 0]
+    return probs.tolist(), [[] if top is None else top[1] for top in tops]
 
 
 ENDPOINTS = [

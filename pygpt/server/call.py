@@ -130,13 +130,15 @@ class Call:
         return {"sampler": sampler or "sample", **given, **stops, "speculation": self.fields.get("speculation")}
 
 
-def encode(served: Served, text: str, maxT: int) -> list[int]:
-    """Encode a prompt as ids. A text that has more than maxT tokens for certain is refused before it is encoded."""
+def encode(served: Served, text: str, maxT: int, *, special: bool = False) -> list[int]:
+    """Encode a prompt as ids. A text that has more than maxT tokens for certain is refused before it is encoded.
+
+    special: whether special tokens in the text become their ids."""
     if (least := len(text) // LONGEST_TOKEN) > maxT:
         message = f"the text has at least {least} tokens, but the context of this model is {maxT} tokens"
         raise ApiError(message, "prompt", code="context_length_exceeded")
     try:
-        return served.vocabulary("prompt").encode(text)
+        return served.vocabulary("prompt").encode(text, allow_special=special)
     except InputError as error:  # a character that the vocabulary does not have
         raise ApiError(str(error), "prompt") from None
 

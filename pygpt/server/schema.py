@@ -68,7 +68,7 @@ _SHARED: Fields = {
     "stop_token_ids": _field("a list of up to 1024 token ids", **_list(ID, maxItems=1024)),
     "ignore_eos": _field("true or false: whether to continue after <|endoftext|>", **FLAG),
     "sampler": _field("sample, greedy or median", enum=["sample", "greedy", "median"]),
-    "speculation": _field(f"true, false, or {GUESSES}; the text stays the same", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
+    "speculation": _field(f"true, false, or {GUESSES} (default: --speculate)", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
     "stream": SWITCH,
     "stream_options": _field(f"an object with {' and '.join(USAGES)}, each true or false; it needs stream", **OPTIONS),
     "user": _field("a string, which is not used", **STRING),
@@ -95,11 +95,17 @@ TOKENIZE: Fields = {
     **MODEL,
     **dict.fromkeys(("prompt", "content"), _field("a string", **STRING)),
     **dict.fromkeys(("add_special_tokens", "add_special"), _field("true or false, without effect for GPT-2", **FLAG)),
+    "parse_special": _field("true or false (default): whether special tokens in the text become their ids", **FLAG),
     **dict.fromkeys(("with_pieces", "return_token_strs"), _field("true or false: whether to return each token's text", **FLAG)),
 }
 DETOKENIZE: Fields = {**MODEL, "tokens": _field("a list of token ids", **_list(ID))}
-LAYER = _whole(" from 0 (default 0)", 0)
-INSPECT: Fields = {**MODEL, "tokens": _field("a list of token ids, not empty", **IDS), "layer": LAYER}
+INSPECT: Fields = {
+    **MODEL,
+    "tokens": _field("a list of token ids, not empty", **IDS),
+    "layer": _whole(" from 0 (default 0)", 0),
+    "position": _whole(" from 0, of a token (default the last)", 0),
+    "head": _whole(" from 0 (default all)", 0),
+}
 
 
 class ApiError(Exception):

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from ..config import ACTIVATIONS, SWITCHES, Config
 from ..errors import CheckpointError, ClosedError, Closing, InputError, is_whole, shown
 from ..formats.files import HEADER_BYTES, atomic_file, map_file
-from ..formats.safetensors import unique
+from ..formats.safetensors import parse_object
 from .parameters import TrainingOptions
 
 Buffers = Iterable[npt.NDArray[np.float32]]
@@ -59,11 +59,8 @@ class Progress:
     @classmethod
     def from_json(cls, text: bytes) -> "Progress":
         """Read the text of to_json(). Raises ValueError for anything else."""
-        try:
-            found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique, parse_float=_finite)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"bad JSON: {error}") from None
-        if not isinstance(found, dict) or set(found) != set(cls.__dataclass_fields__):
+        found = parse_object(text, "bad JSON: the header", ValueError, parse_float=_finite)
+        if set(found) != set(cls.__dataclass_fields__):
             raise ValueError("bad JSON: not the object of a training state")
         if not is_whole(found["step"], 0, 1 << 62):
             raise ValueError(f"bad JSON: step is {shown(found['step'])}")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from oracle import Array, encoder, gpt2_numpy, layernorm, matmul, softmax
 
 from pygpt import GPT2, Config, Engine, InputError, Request, SerialGPT2, TrainableGPT2, activations, add, scale, zero
-from pygpt import model as model_module
 from pygpt.activations import HEADS, NAMES, WHOLE
 
 SHAPE = Config(maxT=40, V=61, L=3, NH=3, C=33)
@@ -147,12 +146,9 @@ def test_any_selection_has_the_same_bits(path: Path, data: st.DataObject) -> Non
     with GPT2.load(file, threads=1, weights=quantised) as one:
         whole = one.activations(tokens, EVERY)
         assert np.array_equal(whole["logits"], one.logits(tokens))
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        GPT2.load(file, threads=data.draw(st.integers(1, 3)), weights=quantised) as many,
-    ):
-        patch.setattr(model_module, "CHUNK", data.draw(st.integers(1, len(tokens))))
-        found = many.activations(tokens, names, layers=layers, positions=positions)
+    with GPT2.load(file, threads=data.draw(st.integers(1, 3)), weights=quantised) as many:
+        chunk = data.draw(st.integers(1, len(tokens)))
+        found = many.activations(tokens, names, layers=layers, positions=positions, chunk=chunk)
     at = [*range(len(tokens))] if positions is None else positions
     for name in names:
         expected = whole[name] if name in WHOLE or layers is None else whole[name][layers]
@@ -177,13 +173,12 @@ def test_only_the_needed_phases_run(model: GPT2, monkeypatch: pytest.MonkeyPatch
     assert stops == [8, 24, 24]
 
 
-def test_arrays_of_the_caller_are_filled(model: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_of_the_caller_are_filled(model: GPT2, tmp_path: Path) -> None:
     whole = model.activations(TOKENS, EVERY)
-    monkeypatch.setattr(model_module, "CHUNK", 4)  # the rows of a chunk lack the keys of later chunks
     out = {n: np.memmap(tmp_path / n, "<f4", "w+", shape=whole[n].shape) for n in ("probs", "logits", "k")}
     for array in out.values():
         array[:] = np.nan
-    found = model.activations(TOKENS, EVERY, out=out)
+    found = model.activations(TOKENS, EVERY, out=out, chunk=4)  # the rows of a chunk lack the keys of later chunks
     assert all(found[name] is out[name] for name in out)
     assert_same(found, whole)
 
@@ -301,9 +296,8 @@ def test_edits_have_the_same_bits_for_any_threads_and_chunks(path: Path, model: 
     if data.draw(st.booleans()):
         edits["residual3", 0, None] = lambda x: x - x.mean(0)
     expected = model.activations(TOKENS, EVERY, edits=edits)
-    with pytest.MonkeyPatch.context() as patch, GPT2.load(path, threads=data.draw(st.integers(1, 3))) as other:
-        patch.setattr(model_module, "CHUNK", data.draw(st.integers(1, T)))
-        assert_same(other.activations(TOKENS, EVERY, edits=edits), expected)
+    with GPT2.load(path, threads=data.draw(st.integers(1, 3))) as other:
+        assert_same(other.activations(TOKENS, EVERY, edits=edits, chunk=data.draw(st.integers(1, T))), expected)
 
 
 STEER: dict[Any, Any] = {
@@ -445,6 +439,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"out": {"ln2": [1]}}, "'ln2' .*'list'.*float32"),
     ({"out": {"ln2": np.broadcast_to(np.float32(0), (3, T, 33))}}, "'ln2' .*writable"),
+    ({"chunk": 0}, "chunk is 0: .*1 to 512"),
     ({"edits": [1]}, r"edits are \[1\]"),
     ({"edits": {"ln1": 1}}, "'ln1': .*key"),
     ({"edits": {("ln3", 0, 0): 1}}, "'ln3'"),

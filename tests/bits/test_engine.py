@@ -21,7 +21,7 @@ from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
 from pygpt.generation.prefix import Memory
 from pygpt.generation.request import Request
-from pygpt.generation.speculate import FEW, FRESH, MOST, ROWS, WORTH, Draft, Share, Speculation, Speculator
+from pygpt.generation.speculate import FEW, FIXED_ROWS, FRESH, MOST, ROWS, SOON, WORTH, Draft, Share, Speculation, Speculator
 from pygpt.network import KVCache, Network
 
 MAXT = 24
@@ -237,9 +237,10 @@ def test_many_sequences_guess_fewer_tokens_each() -> None:
     for sequences, guesses in ((1, MOST), (3, ROWS // 3 - 1), (FEW, ROWS // FEW - 1), (FEW + 1, 0)):
         speculator.note(sequences, 0, 1.0)
         speculator.note(sequences, 9, 1.0)  # rows of guesses cost nothing
-        completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
-        found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)], sequences)
-        assert [len(one) for one in found] == [guesses] * sequences
+        for fixed, expected in ((0, guesses), (40, min(40, FIXED_ROWS // sequences - 1)), (3, 3)):
+            completion: Any = SimpleNamespace(speculation=fixed, guesses=40, sequence=[1, 2, 3] * 4)
+            found = speculator.guess([(completion, memory, Speculation()) for _ in range(sequences)], sequences)
+            assert [len(one) for one in found] == [expected] * sequences
 
 
 def test_small_gains_need_fresh_times() -> None:
@@ -256,8 +257,37 @@ def test_small_gains_need_fresh_times() -> None:
             counts.append(len(guesses))
         plain = [step for step, count in enumerate(counts) if not count]
         assert plain == ([0, FRESH + 1, 2 * FRESH + 2] if fresh else [0])
-    twice = [(completion, memory, Speculation()) for _ in range(2)]
-    assert speculator.guess(twice, 2) == [[], []]  # the time of a step for two sequences is not known yet
+    fixed: Any = SimpleNamespace(speculation=2, guesses=40, sequence=[1, 2, 3] * 4)
+    speculator, both = Speculator(lambda make: None), [(one, memory, Speculation()) for one in (fixed, completion)]
+    for step in range(FRESH + 2):  # a fixed number never leaves a step plain by itself, so one step is plain on purpose
+        found = [len(guesses) for guesses in speculator.guess(both, 2)]
+        assert found == ([2, 0] if step < FRESH else [0, 0] if step == FRESH else [2, 1])
+        speculator.note(2, sum(found), 1.0)
+
+
+def test_a_slow_first_step_is_forgotten() -> None:
+    """It reads the model from the disk. Compared with it, guesses seem free, but here each takes half of a plain step."""
+    speculator, state = Speculator(lambda make: None), Speculation()
+    memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
+    completion: Any = SimpleNamespace(speculation=0, guesses=40, sequence=[1, 2, 3] * 4)
+    counts = []
+    for step in range(60):
+        [guesses] = speculator.guess([(completion, memory, state)], 1)
+        speculator.note(1, len(guesses), 0.01 * (1 + 0.5 * len(guesses)) if step else 1.0)
+        counts.append(len(guesses))
+    assert max(counts) > 4
+    assert counts[-1] == 0
+
+
+@pytest.mark.parametrize("speculation", [0, 5])
+def test_a_draft_that_cannot_be_made_does_not_replace_lookups(speculation: int) -> None:
+    """Lookups are rarely right here, and a draft would be better, but there is none."""
+    speculator, state = Speculator(lambda make: None), Speculation()
+    state.lookups.mean = 0.3
+    memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
+    completion: Any = SimpleNamespace(speculation=speculation, guesses=SOON, sequence=[1, 2, 3] * 4)
+    speculator.note(1, 0, 1.0)
+    assert [len(speculator.guess([(completion, memory, state)], 1)[0]) for _ in range(3)] == [0, *[speculation or 1] * 2]
 
 
 def test_guesses_are_checked_one_after_the_other(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +316,12 @@ def test_drafts_by_name(tmp_path: Path) -> None:
             assert tokens == list(loaded.generate([1, 2, 3], total=MAXT))
     with pytest.raises(InputError, match=r"98 token ids.*97"):
         GPT2.load(tmp_path / "model.bin", draft=tmp_path / "other.bin")
+    np.memmap(tmp_path / "other.bin", "<f4", "r+", offset=1024)[7] = 1e8  # no quantised format has it
+    with GPT2.load(tmp_path / "other.bin") as loaded:
+        assert list(loaded.generate([1], total=MAXT)) == list(loaded.generate([1], total=MAXT, speculation=3))
+        assert loaded.draft(True) is None
+    with pytest.raises(InputError, match="wte cannot be q8_0"):
+        GPT2.load(tmp_path / "other.bin", draft="q8_0")
     for bad in (0, 65, -1, 1.5, "auto"):
         with GPT2.load(tmp_path / "model.bin") as loaded, pytest.raises(InputError, match="speculation is"):
             loaded.generate([1], speculation=bad)  # type: ignore[arg-type]

@@ -313,7 +313,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
         (["perplexity"], ["TEXT"]),
         (["perplexity", "absent.txt", "-m", EMBEDDED_MODEL], ["absent.txt", "absent.txt"]),
         (["perplexity", "absent.bin"], ["absent.bin", "absent.bin"]),
-        (["perplexity", "tokens.bin", "-o", "yaml"], ["-o is 'yaml'", "json"]),
+        (["perplexity", "tokens.bin", "-o", "yaml"], ["invalid choice: 'yaml'", "json"]),
         (["perplexity", "tokens.bin", "-t", "0"], ["--threads", "'0'", "256"]),
         (["perplexity", "tokens.bin", "-t", "1000"], ["1000"]),
         (["perplexity", "tokens.bin", "-m", "absent"], ["absent"]),

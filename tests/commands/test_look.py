@@ -103,7 +103,7 @@ def test_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         ([""], ["is 0", "2 to 256"]),
         (["a"], ["is 1", "2 to 256"]),
         (["a " * 300], ["is 301", "256"]),
-        ([TEXT, "-o", "xml"], ["-o is 'xml'", "text or json"]),
+        ([TEXT, "-o", "xml"], ["invalid choice: 'xml'", "text", "json"]),
         ([TEXT, "-k", "1"], ["'1'", "from 2 to 50"]),
         ([TEXT, "-m", "nowhere.bin"], ["nowhere.bin"]),
     ],

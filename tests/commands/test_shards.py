@@ -117,7 +117,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
     [
         ("", ["text is missing", "-"]),
         ("in.txt", ["-o is missing"]),
-        ("in.txt -o b --eot line", ["--eot is 'line'", "document, paragraph, none"]),
+        ("in.txt -o b --eot line", ["--eot: invalid choice: 'line'", "document", "none"]),
         ("in.txt -o b --val-tokens 1 --val-fraction 0.5", ["give one"]),
         ("in.txt -o b --val-tokens 0", ["--val-tokens", "'0'", "from 1"]),
         ("in.txt -o b --val-tokens x", ["--val-tokens", "'x'"]),

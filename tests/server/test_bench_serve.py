@@ -32,6 +32,7 @@ def test_figures(at: Live, capsys: pytest.CaptureFixture[str]) -> None:
     assert [found["clients"] for found in results] == [1, 4]
     options = load.build_parser().parse_args(arguments)
     for found in results:
+        assert found["goodput"] is None
         asked = load.requests_of(options, found["clients"])
         assert asked == load.requests_of(options, found["clients"])
         assert len({tuple(body["prompt"][:4]) for body in asked}) == 1
@@ -50,6 +51,14 @@ def test_random_arrivals_and_a_table(at: Live, capsys: pytest.CaptureFixture[str
     assert row.startswith("| 200/s | ")
 
 
+def test_goodput_counts_requests_within_all_limits(at: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    for limits, share in (("ttft:1e9,itl:1e9,tpot:1e9", 1), ("tpot:1e9,ttft:1e-9", 0)):
+        arguments = ["--serve", url(at), "--key=k", *SMALL, "--clients", "2", "-o", "json", "--goodput", limits]
+        assert main.main(arguments) == 0
+        [found] = json.loads(capsys.readouterr().out)
+        assert found["goodput"] == pytest.approx(share * 12 / found["seconds"])
+
+
 def test_failures_are_counted(at: Live, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--serve", url(at), *SMALL, "--clients", "2", "-o", "json"]) == 0  # without the key
     assert json.loads(capsys.readouterr().out)[0]["failed"] == 12
@@ -62,6 +71,9 @@ def test_failures_are_counted(at: Live, capsys: pytest.CaptureFixture[str]) -> N
         (["--serve", "8000"], "8000"),
         (["--serve", "http://127.0.0.1", "--clients", "1,x"], "--clients"),
         (["--serve", "http://127.0.0.1", "--rate", "-1"], "--rate"),
+        (["--serve", "http://127.0.0.1", "--goodput", "ttfb:5"], "ttfb:5"),
+        (["--serve", "http://127.0.0.1", "--goodput", "itl:fast"], "itl:fast"),
+        (["--serve", "http://127.0.0.1", "--goodput", "itl:0"], "itl:0"),
     ],
 )
 def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:

@@ -170,6 +170,10 @@ def test_tokens(at: Live) -> None:
     assert post("/tokenize", prompt="a", return_token_strs=True)["token_strs"] == ["a"]
     assert post("/detokenize", tokens=ids) == {"prompt": text, "content": text}
     assert post("/tokenize", prompt="x y " * 1000)["count"] == 2001
+    for special in (False, True):
+        found = post("/tokenize", content="a<|endoftext|>", parse_special=special)["tokens"]
+        assert found == Tokenizer().encode("a<|endoftext|>", allow_special=special)
+        assert (found[-1] == 50256) == special
     assert post("/tokenize")["error"]["param"] == "prompt"
     assert post("/detokenize", tokens=[50257])["error"]["param"] == "tokens"
     info = at.ask("GET", "/tokenizer_info", **KEY).json()
@@ -188,6 +192,13 @@ def test_the_attention_of_the_last_token(path: Path) -> None:
             exact = [row - np.logaddexp.reduce(row) for row in lens.astype(np.float64)]
             given = [[one["logprob"] for one in top] for top in found["lens"]]
             assert np.allclose(given, [row[np.argsort(-row)[:3]] for row in exact], rtol=0, atol=1e-5)  # float32 logits
+        of_one = running.ask("POST", "/inspect", {"tokens": tokens, "position": 2, "head": config.NH - 1}).json()
+        cut = running.ask("POST", "/inspect", {"tokens": tokens[:3]}).json()
+        assert of_one == {"attention": cut["attention"][-1:], "lens": cut["lens"]}
+        for name, limit in (("position", len(tokens)), ("head", config.NH)):
+            wrong = running.refused(400, {"tokens": tokens, name: limit}, "/inspect")["message"]
+            assert f"a {name} is {limit}" in wrong
+            assert f"to {limit - 1}" in wrong
         error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
         assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
         assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")
@@ -599,7 +610,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--tokenizer", "{empty}"], ["empty"]),
         (["-t", "0"], ["threads", "0"]),
         (["-t", "two"], ["threads", "'two'"]),
-        (["--speculate", "soon"], ["speculation", "'soon'"]),
+        (["--speculate", "soon"], ["speculation", "'soon'", "auto, off"]),
         (["--speculate", "65"], ["speculation", "65", "64"]),
         (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
         (["--root-path", "gpt"], ["gpt", "/"]),

@@ -137,15 +137,16 @@ def test_the_least_time_wins(V: int, seed: int, stream: int, step: int, scale: f
     scale=st.sampled_from([0.0, 0.1, 3.0, 50.0, 3e38]),
     temperature=st.sampled_from([1e-3, 0.1, 0.8, 1.0, 1.7, 1e3]),
     min_p=st.sampled_from([0.0, 0.05, 0.9, 1.0]),
-    equal=st.booleans(),
+    half=st.sampled_from([None, 0.0, -np.inf]),
 )
 def test_weights_are_computed_only_where_an_id_can_win(
-    V: int, seed: int, stream: int, scale: float, temperature: float, min_p: float, equal: bool
+    V: int, seed: int, stream: int, scale: float, temperature: float, min_p: float, half: float | None
 ) -> None:
     """draw() gives the id that race() gives by all weights. The step decides which id wins, so many steps are tried."""
     rng = np.random.default_rng(seed % 2**32)
     logits = np.float32(scale) * rng.standard_normal((1, V), np.float32).clip(-1, 1)
-    logits = np.where(rng.random(logits.shape) < 0.5, logits[0, 0], logits) if equal else logits
+    if half is not None:  # half of the logits equal the first one, or are excluded
+        logits[:, 1:] = np.where(rng.random((1, V - 1)) < 0.5, logits[0, 0] + half, logits[:, 1:])
     row = np.ascontiguousarray(logits, np.float32).data
     weights = sample_weights(row, 0, temperature=temperature, top_k=0, top_p=1.0, min_p=min_p)
     assert weights is not None

@@ -11,6 +11,7 @@ docs/reference/reports.md describes the clients, the times (ttft, itl, tpot) and
 import argparse
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", metavar="N", type=count, default=1024, help="most tokens of prompt and answer (default 1024)")
     add("--vocabulary", metavar="N", type=count, default=50257, help="ids are below N (default 50257)")
     add("--seed", metavar="N", type=whole(0, 1 << 62), default=1, help="of the requests (default 1)")
+    add("--goodput", metavar="LIMITS", type=limits, help="also count requests within limits in ms, such as ttft:500,itl:100")
     add("--key", metavar="KEY", help="API key")
     add("--check", action="store_true", help="send each request again alone, and compare the answers")
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
@@ -66,9 +68,21 @@ def run(arguments: Sequence[str]) -> None:
         equal = "" if found["equal_to_alone"] is None else f"{found['equal_to_alone']} of {found['requests']}"
         times = [f"{value:.1f}" for name in TIMES for value in found[name]]
         clients = f"{options.rate:g}/s" if options.rate else found["clients"]
-        rows.append([clients, f"{found['tokens_per_s']:.1f}", *times, found["failed"], equal])
+        within = "" if found["goodput"] is None else f"{found['goodput']:.2f}"
+        rows.append([clients, f"{found['tokens_per_s']:.1f}", *times, within, found["failed"], equal])
     heads = [head for name in TIMES for head in (f"{name} p50", "p99", "max")]
-    print_table(["clients", "tokens/s", *heads, "failed", "equal"], rows)
+    print_table(["clients", "tokens/s", *heads, "goodput", "failed", "equal"], rows)
+
+
+def limits(text: str) -> dict[str, float]:
+    """Read the value of --goodput: limits in milliseconds, by time."""
+    try:
+        found = {name: float(limit) for name, _, limit in (part.partition(":") for part in text.split(","))}
+    except ValueError:
+        found = {}
+    if not found or not all(name in TIMES and limit > 0 for name, limit in found.items()):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: it must be limits such as ttft:500,itl:100 ({', '.join(TIMES)})")
+    return found
 
 
 def requests_of(options: argparse.Namespace, number: int) -> list[dict[str, Any]]:
@@ -121,13 +135,17 @@ async def measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
         equal = sum(again is not None and first is not None and again[0] == first[0] for again, first in pairs)
     gaps = [[1000 * (b - a) for a, b in pairwise(times[1:])] for _, times in good]
     tokens = sum(len(times) - 1 for _, times in good)
+    firsts = [1000 * (times[1] - times[0]) if len(times) > 1 else math.inf for _, times in good]
+    worst = zip(firsts, (max(own, default=0.0) for own in gaps), (sum(own) / max(1, len(own)) for own in gaps), strict=True)
+    most = [(options.goodput or {}).get(name, math.inf) for name in TIMES]
+    met = sum(all(value <= limit for value, limit in zip(one, most, strict=True)) for one in worst)
     return {
         "clients": clients, "requests": len(bodies), "failed": len(bodies) - len(good), "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "ttft": spread(1000 * (times[1] - times[0]) for _, times in good if len(times) > 1),
+        "ttft": spread(first for first in firsts if first < math.inf),
         "itl": spread(gap for own in gaps for gap in own),
         "tpot": spread(sum(own) / len(own) for own in gaps if own),
-        "equal_to_alone": equal,
+        "goodput": met / seconds if options.goodput else None, "equal_to_alone": equal,
     }  # fmt: skip
 
 
