@@ -283,7 +283,7 @@ class GGUFFile(ModelFile):
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
-        split = self._values.get("tokenizer.ggml.pre", "gpt-2")
+        split = self._values.get("tokenizer.ggml.pre", "gpt-2" if self.has_vocabulary else None)
         if not self.has_vocabulary or split not in ("gpt-2", "default"):
             raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
         tokens = self._strings(TOKENS)
