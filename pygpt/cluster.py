@@ -184,7 +184,11 @@ class Complete(Closing):
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Answer a batch of columns, lists or arrays; return columns, one value a row. A missing value is None or NaN. The
         returned columns are the keys of the answers of rows(). An answer without a key has None there."""
+        if not hasattr(batch, "items"):
+            raise InputError(f"the batch is {shown(batch)}: it must be columns, such as a dict of lists; rows() takes rows")
         columns = {name: [_plain(value) for value in column] for name, column in batch.items()}
+        if len(sizes := {len(column) for column in columns.values()}) > 1:
+            raise InputError(f"the columns have {sorted(sizes)} values: each must have one for every row, or None")
         rows = [
             {name: value for name, value in zip(columns, values, strict=True) if value is not None and value == value}
             for values in zip(*columns.values(), strict=True)

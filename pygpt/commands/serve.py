@@ -28,12 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", metavar="PORT", type=whole(0, 65535), default=8000, help="TCP port (default 8000; 0: a free one)")
     add("--uds", metavar="PATH", help="listen at a Unix socket instead")
     add("--api-key", metavar="KEY", action="append", default=[], help="require this key; may be repeated")
-    add("--api-key-file", metavar="FILE", help="require one of the keys in this file, one key a line")
+    add("--api-key-file", metavar="FILE", help="require one of the keys in this file, one key a line; # begins a comment line")
     add_model_options(add)
     guesses = f"for requests without the field speculation: {SPECULATE_HELP} (default auto)"
     add("--speculate", metavar="K", default="auto", help=guesses)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
-    add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
+    add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the RAM)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
     speculation = parse_speculation(options.speculate)
     check_speculation(speculation)
     keys = options.api_key + ([] if options.api_key_file is None else _keys(options.api_key_file))
-    if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
-        raise InputError("an API key (--api-key, --api-key-file) is empty, or has outer spaces or non-ASCII characters")
+    if not all([key] == key.split() and key.isascii() and key.isprintable() for key in keys):
+        raise InputError("an API key (--api-key, --api-key-file) is empty, or has spaces or non-ASCII characters")
     try:
         from ..server.app import Options, Server, listen
         from ..server.app import run as serve
@@ -83,10 +83,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _keys(path: str) -> list[str]:
-    """Return the keys in a file, one key a line. Raises InputError if there are none."""
+    """Return the keys in a file, one key a line, without comments (#). Raises InputError if there are none."""
     try:
         with open(path, encoding="utf-8") as file:
-            keys = [line.strip() for line in file if line.strip()]
+            keys = [key for line in file if (key := line.strip()) and not key.startswith("#")]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read the keys: {getattr(error, 'strerror', None) or error}") from None
     if not keys:

@@ -437,7 +437,8 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
         return made
     except (OSError, OverflowError) as error:
         where = uds if uds is not None else f"{host} port {port}"
-        raise InputError(f"cannot listen at {where}: {getattr(error, 'strerror', None) or error}; choose another") from None
+        reason = error.__context__ or error  # create_server() adds the address to the system's words
+        raise InputError(f"cannot listen at {where}: {getattr(reason, 'strerror', None) or reason}; choose another") from None
 
 
 def run(server: Server, listening: socket.socket, *, grace_s: float, started: Callable[[], None]) -> int:

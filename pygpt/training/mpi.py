@@ -33,7 +33,7 @@ class MPIRanks(Ranks):
     def __init__(self, timeout: float = TIMEOUT_S) -> None:
         _begin(timeout)
         if MPI.COMM_WORLD.size == 1:  # open_ranks() saw a launcher of several
-            way = "use its launcher, or set MPI4PY_MPIABI to the launcher's MPI (mpich or openmpi)"
+            way = "use its launcher, or set MPI4PY_LIBMPI to the file libmpi.so of the launcher's MPI"
             raise InputError(f"several ranks were started, but {MPI.get_vendor()[0]} finds only this one: {way}")
         self._arrays, self._objects = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.size, self.rank = self._arrays.size, self._arrays.rank
@@ -102,10 +102,8 @@ class MPIRanks(Ranks):
     def _stuck(self, missing: list[int]) -> None:
         """Name the ranks that do not answer, and end the process; the launcher then ends the others."""
         names = ", ".join(self.name(rank) for rank in sorted(set(missing))[:8])
-        text = (
-            f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: stuck or lost; to continue "
-            "from the last saved state, start the ranks again with --resume\n"
-        )
+        text = f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: stuck or lost; to "
+        text += "continue from the last saved state, start the ranks again with --resume\n"
         with suppress(OSError):
             os.write(2, text.encode())
         os._exit(STUCK)
@@ -131,9 +129,14 @@ class MPIRanks(Ranks):
 
 def _begin(timeout: float) -> None:
     """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process. MPI holds Python's
-    global lock while it waits, so a thread could not look at the clock. A child process does."""
+    global lock while it waits, so a thread could not look at the clock. A child process does. Nor could Python handle Ctrl-C:
+    its default ends this process, and the launcher then ends the others."""
     if MPI.Is_initialized():
         return
+    handler = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread() and handler not in (signal.SIG_IGN, None)
+    if main:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     left, done = os.pipe()
     if not (child := os.fork()):
         os.close(done)
@@ -147,3 +150,5 @@ def _begin(timeout: float) -> None:
     finally:
         os.close(done)
         os.waitpid(child, 0)
+        if main:
+            signal.signal(signal.SIGINT, handler)

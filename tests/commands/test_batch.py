@@ -129,8 +129,12 @@ def test_a_completion_that_fails(model: str) -> None:
     with Complete(model, threads=1, keep_going=True) as job:
         [found] = job.rows([row])
     assert found.keys() == {"id", "error"}
-    with Complete(model, threads=1) as job, pytest.raises(InputError):
-        list(job.rows([row]))
+    with Complete(model, threads=1) as job:
+        with pytest.raises(InputError):
+            list(job.rows([row]))
+        for columns, words in (({"id": [1, 2], "tokens": [[3]]}, r"\[1, 2\] values"), ([row], "must be columns")):
+            with pytest.raises(InputError, match=words):
+                job(columns)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

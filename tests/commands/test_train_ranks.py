@@ -4,14 +4,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import PYTHON, Outcome, command, environment, finish, run, start
+from budget import Budget
+from programs import PYTHON, Outcome, command, environment, finish, run, sound_training, start, wait_until
 
 from pygpt import write_tokens
 from pygpt.commands.train.main import main
@@ -22,7 +25,7 @@ pytest.importorskip("mpi4py")
 # Each MPI's launcher, with the variable that lets mpi4py load that MPI's library. As root, Open MPI asks for a confirmation.
 LAUNCHERS = {
     "mpich": [MPIEXEC],
-    "openmpi": ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-x", "MPI4PY_MPIABI=openmpi"],
+    "openmpi": ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-x", "MPI4PY_LIBMPI=libmpi.so.40"],
 }
 
 OPTIONS = ["--val-fraction", "0.2", "--shape", "L=2,NH=2,C=64,maxT=16,V=999", "-B", "1", "-T", "16", "--parts", "12"]
@@ -69,6 +72,12 @@ def lines(outcome: Outcome) -> list[str]:
     return re.sub(r"\(took .*", "", outcome.out.decode()).splitlines()
 
 
+def logged() -> list[dict[str, float]]:
+    """The numbers of the log that every run must have."""
+    entries = map(json.loads, Path("run.jsonl").read_text().splitlines())
+    return [{name: entry[name] for name in ("step", "loss", "norm", "val_loss") if name in entry} for entry in entries]
+
+
 def faulty(how: str, rank: int, count: int = 2, *words: object, mpi: str = "mpich") -> Outcome:
     return ranks(count, [PYTHON, "-c", FAULTY, how, rank, *train(*words)[3:]], mpi=mpi)
 
@@ -104,13 +113,6 @@ def test_runs_that_stop_and_continue_on_other_ranks_end_alike(
     """Also with more ranks than processors. The state holds weights and moments, and the log the losses and norms."""
     if shutil.which(LAUNCHERS[mpi][0]) is None:
         pytest.skip(f"{LAUNCHERS[mpi][0]} is not installed")
-
-    def logged() -> list[dict[str, float]]:
-        return [
-            {name: value for name, value in json.loads(line).items() if name in ("step", "loss", "norm", "val_loss")}
-            for line in Path("run.jsonl").read_text().splitlines()
-        ]
-
     words = ["--parts", parts, "--log", "run.jsonl"]
     assert run(train(*words), cwd=folder).status == 0
     expected = files(), logged()
@@ -122,6 +124,58 @@ def test_runs_that_stop_and_continue_on_other_ranks_end_alike(
         more = command("train", "--resume", "run.state", "-t", 1)
         found = ranks(other, more, mpi=mpi) if other > 1 else run(more, cwd=folder)
         assert (found.status, files()["run.state"] == expected[0]["run.state"], logged()) == (0, True, expected[1]), found
+
+
+def marked(mark: str) -> dict[int, bytes]:
+    """The processes with this word in their variables, each with its command."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if mark.encode() in (place / "environ").read_bytes():
+                found[int(place.name)] = (place / "cmdline").read_bytes()
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def test_signals_at_random_moments(budget: Budget, folder: Path) -> None:
+    """To one rank, all ranks, the launcher, or its process group. Then no process is left, every file is complete, and the run
+    continues on any number of ranks, with either MPI, to the bytes and losses of one that nobody disturbed."""
+    rng, late = budget.random, ["-t", 1, "--timeout", 20]
+    first = train("--steps", 150, "--save-every", 7, "--log", "run.jsonl", *late)
+    assert run(first, cwd=folder).status == 0
+    expected = files()["run.bin"], files()["run.state"], logged()
+    mpis = [mpi for mpi, (launcher, *_) in LAUNCHERS.items() if shutil.which(launcher)]
+    for number in budget.rounds():
+        for path in folder.glob("run.*"):
+            path.unlink()
+        for strike in range(5 if budget.long else 1, -1, -1):  # the last run is left alone
+            words = command("train", "--resume", "run.state", *late) if list(folder.glob("run.state*")) else [*first, "--force"]
+            mpi, count, mark = rng.choice(mpis), rng.choice((2, 3)), f"{folder}-{number}-{strike}"
+            launcher = [*LAUNCHERS[mpi], "-n", count, *words]
+            process = start(launcher, cwd=folder, env=environment(MARK=mark), start_new_session=True)
+            detail = f"run {number}: {mpi}, {count} ranks"
+            if strike:
+                time.sleep(rng.random() * 3)
+                target, which = rng.randrange(4), rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+                if (mpi, target, which) == ("openmpi", 1, signal.SIGKILL):
+                    target = 3  # if all ranks of any program are killed, mpirun 4.1 sometimes waits forever
+                pids = [pid for pid, argv in marked(mark).items() if argv.startswith(f"{PYTHON}\0-m\0pygpt".encode())]
+                chosen = (pids and [rng.choice(pids)], pids, [process.pid], [-process.pid])[target]
+                detail += f": {which.name} to {('a rank', 'the ranks', 'the launcher', 'the group')[target]}"
+                for pid in chosen:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, which)
+            outcome = finish(process)
+            assert "HANGS" not in outcome.err, (detail, outcome)
+            assert "Traceback" not in outcome.err, (detail, outcome)
+            assert wait_until(lambda mark=mark: not marked(mark)), (detail, marked(mark))  # type: ignore[misc]
+            for path in folder.glob("run.*"):
+                if path.suffix == ".tmp":  # of a rank that was killed
+                    path.unlink()
+                else:
+                    sound_training(path)
+        assert outcome.status == 0, (detail, outcome)
+        assert (files()["run.bin"], files()["run.state"], logged()) == expected, detail
 
 
 FAULTS = [

@@ -599,7 +599,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--host", "192.0.2.1"], ["192.0.2.1", "cannot listen"]),
         (["--host", "no such host"], ["no such host", "cannot listen"]),
         (["--uds", "/nowhere/socket"], ["/nowhere/socket"]),
-        (["--uds", "{long}"], ["cannot listen"]),
+        (["--uds", "{long}"], ["cannot listen", "path too long;"]),
         (["--api-key", ""], ["API key"]),
         (["--api-key-file", "/nowhere"], ["/nowhere", "cannot read"]),
         (["--api-key-file", "{empty}"], ["no key"]),
@@ -665,9 +665,9 @@ def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
 
 def test_keys_from_a_file(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("one\n\ntwo\n")
+    file.write_text("one\n\n# a comment\ntwo\n")
     os.chmod(file, 0o600)
     process = ServerProcess("-m", str(path), "--api-key-file", str(file), "--api-key", "three")
-    statuses = [process.at.ask("GET", "/v1/models", X_Api_Key=key).status for key in ("one", "two", "three", "four")]
+    statuses = [process.at.ask("GET", "/v1/models", X_Api_Key=key).status for key in ("one", "two", "three", "# a comment")]
     assert statuses == [200, 200, 200, 401]
     assert process.end(signal.SIGTERM)[0] == 0

@@ -398,10 +398,10 @@ class Report(Closing):
             self._file = open(path, "ab")  # noqa: SIM115 (close() closes it)
 
     def step(self, record: Record) -> None:
-        """Report a step."""
+        """Report a step, to the log first: if stdout is closed, the run is saved with this step, and so is its log."""
+        self._add(record._asdict())
         self.progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
         self.progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
-        self._add(record._asdict())
 
     def validated(self, step: int, loss: float) -> None:
         """Report the validation loss of the weights before this step. The log's line of this step will contain it."""
