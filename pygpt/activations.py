@@ -86,9 +86,7 @@ class Change:
         try:
             array = np.asarray(edit.value, np.float32)
         except (TypeError, ValueError):
-            raise InputError(
-                f"{self.what} is {shown(edit.value)}: give numbers, a function, add(), scale() or zero()"
-            ) from None
+            raise InputError(f"{self.what} is {shown(edit.value)}: give numbers, a function, add() or scale()") from None
         one = (config.NH, T) if self.name == "probs" else (width_of(config, self.name),)
         shapes = [(), one, (*one[:-1], T, one[-1])]  # one number, one position, all positions
         shapes = [shape for shape in shapes[: 3 if self.position is None else 2] if None not in shape]
@@ -252,7 +250,8 @@ def _span(rows: list[int]) -> list[int] | slice:
 def check_name(name: object) -> str:
     """Return the name of an activation. Raises InputError for anything else."""
     if not isinstance(name, str) or name not in NAMES:
-        raise InputError(f"{shown(name)} is not an activation: {near(name, NAMES)}")
+        way = "named_activations() takes such names" if "." in str(name) or "hook" in str(name) else near(name, NAMES)
+        raise InputError(f"{shown(name)} is not an activation: {way}")
     return name
 
 

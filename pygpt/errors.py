@@ -102,6 +102,8 @@ def sequence(tokens: "Any") -> "list[SupportsIndex]":
         rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"
         raise InputError(f"tokens have shape {shape}: {rule}")
     tokens = tokens[0] if len(shape) == 2 else tokens
+    if isinstance(tokens, Mapping):
+        raise InputError(f"tokens are a mapping with the keys {shown([*tokens])}: give its input_ids")
     if isinstance(tokens, str):
         raise InputError(f"tokens are the text {shown(tokens)}: encode it first, as in Tokenizer().encode(text)")
     try:

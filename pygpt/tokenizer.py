@@ -161,7 +161,9 @@ class _Encoding:
             if isinstance(error, InputError):
                 raise
             what = f"{type(error).__name__} {shown(str(error))}"
-            raise InputError(f"the vocabulary is damaged ({what}): fetch it again") from error
+            raise InputError(
+                f"the vocabulary is damaged ({what}): fetch it again; load_tokenizer(path) opens a file"
+            ) from error
 
     def _read(self, vocabulary: "dict[str, Any]") -> None:
         self._given = vocabulary

@@ -28,8 +28,6 @@ examples:
   pygpt convert gpt2_q8.gguf gpt2_from_q8.bin                 from a GGUF file: the same values as float32
 """
 
-DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
@@ -38,17 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
     add("target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end")
     version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; others keep all values exact)"
-    add("--version", metavar="N", type=version_of, help=version)
+    add("--version", metavar="N", type=int, choices=[*FORMATS], help=version)
     heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
     add("--heads", metavar="N", type=whole(1, LIMITS["NH"]), help=heads)
     return parser
-
-
-def version_of(text: str) -> int:
-    """Read the value of --version."""
-    if text not in map(str, FORMATS):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be 1, 3 or 5")
-    return int(text)
 
 
 def convert(source: str, target: str, version: int | None = None, *, heads: int | None = None) -> str:
@@ -71,8 +62,7 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             if not target:
                 raise InputError("DST is empty: it must be the name of a file")
             if target.endswith((".safetensors", ".gguf")):
-                way = "end DST with a / for a Hugging Face folder, or use `pygpt quantize --format f32` for a file"
-                raise InputError(f"{target}: a .bin file does not end like this: {way}")
+                raise InputError(f"{target}: give a .bin file or a folder/; `pygpt quantize --format f32` writes other files")
             check_target(source, target)
             write_bin(target, model, version)
             with writing(target, "the vocabulary"):
@@ -83,8 +73,8 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
 
 
 def default_version(model: ModelFile) -> int:
-    """Return the target version if --version is not given: for all but .bin files, the one that keeps every value exactly."""
-    return DEFAULTS[model.version] if isinstance(model, Checkpoint) else 5 if plain_format(model) == BFLOAT16 else 3
+    """Return the target version if --version is not given: the other precision of a .bin file, else what keeps every value."""
+    return 5 if (model.version != 5 if isinstance(model, Checkpoint) else plain_format(model) == BFLOAT16) else 3
 
 
 def plain_format(model: ModelFile) -> Format:

@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from .. import __version__
 from ..errors import CheckpointError, InputError, PyGPTError
 from ..formats import huggingface
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import FORMATS, Checkpoint
 from ..formats.files import atomic_file
 from ..formats.open import open_model, sha256_of
 from ..hub.find import MODELS, cache_folder, cached_model, is_downloadable, repository_of
 from ..tokenizer import GPT2_V
 from .console import Parser, command, say
-from .convert import check_parent, default_version, describe, version_of, write_bin, writing
+from .convert import check_parent, default_version, describe, write_bin, writing
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit, as in NAME@REV (default: main)")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: a file in pygpt's cache folder)")
     version = "convert to version 1, 3 (float32) or 5 (bfloat16) (default: keep all values exact)"
-    parser.add_argument("--version", metavar="N", type=version_of, help=version)
+    parser.add_argument("--version", metavar="N", type=int, choices=[*FORMATS], help=version)
     return parser
 
 
@@ -133,7 +133,7 @@ def fetch(name: str) -> str:
         if repository.get(huggingface.MODEL_FILE) is None:
             if repository.get(huggingface.INDEX_FILE) is None:
                 if any(repository.ask(name, dry_run=True) for name in (huggingface.PICKLE_FILE, huggingface.PICKLE_INDEX)):
-                    raise huggingface.pickle_error(repository.name)
+                    raise CheckpointError(f"{repository.name}: {huggingface.PICKLE}")
                 what = f"expected {huggingface.MODEL_FILE} or {huggingface.INDEX_FILE}"
                 raise CheckpointError(f"{repository.name}: {what} in this repository")
             for name in huggingface.find_files(folder):
@@ -222,7 +222,9 @@ def _import_hub() -> None:
         from huggingface_hub.errors import RemoteEntryNotFoundError  # noqa: F401 - versions before 1.0 do not have it
     except ImportError as error:
         way = "python -m pip install 'pygpt[hub]'"
-        raise ImportError(f"downloads need huggingface_hub, which cannot be imported ({error}): {way}") from error
+        raise ImportError(
+            f"downloads need huggingface_hub from version 1.31 on, which cannot be imported ({error}): {way}"
+        ) from error
     except ValueError as error:  # HF_HUB_ETAG_TIMEOUT=soon
         raise InputError(f"huggingface_hub does not accept a variable HF_...: {error}") from error
 

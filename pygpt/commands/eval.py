@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, InputError, NumericalError, plural, shown
+from ..errors import DataError, InputError, plural, shown
 from ..formats.llmc import Example, read_examples, read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..generation.logprobs import score
+from ..generation.sampling import not_finite
 from ..hub.find import find_model
 from ..model import GPT2
 from ..tokenizer import tokenizer_of
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     parser = Parser(prog="pygpt eval", usage="pygpt eval perplexity|hellaswag|next|compare ... [options]", description=__doc__)
-    tasks = parser.add_subparsers(dest="task", metavar="TASK")
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
 
     def task(name: str, positional: str, meaning: str, summary: str, before: Sequence[str] = ()) -> argparse.ArgumentParser:
         made = tasks.add_parser(
@@ -85,8 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the models, run the task, and print the result."""
-    if options.task is None:
-        raise InputError("the task is missing: give perplexity, hellaswag, next or compare; see --help")
     check_stdout("the result")
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]
@@ -107,7 +106,7 @@ def log_sums(rows: Losses) -> Losses:
     top = rows.max(axis=1)  # [rows]
     out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
-        raise NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
+        raise not_finite()
     return out
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..activations import zero
-from ..errors import InputError, plural
+from ..errors import plural
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
@@ -34,9 +34,9 @@ Result = dict[str, Any]
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(prog="pygpt look", usage="pygpt look TEXT [options]", description=__doc__)
+    parser = Parser(prog="pygpt look", usage="pygpt look TEXT ... [options]", description=__doc__)
     add = parser.add_argument
-    add("text", metavar="TEXT", help="the text to look at, at least two tokens")
+    add("words", nargs="+", metavar="TEXT", help="the text to look at, at least two tokens")
     add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
@@ -55,9 +55,7 @@ def run(options: argparse.Namespace) -> None:
     path = find_model(options.model)[0]
     with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
         tokenizer = tokenizer_of(model.config)
-        ids = tokenizer.encode(given_text(options.text))
-        if not 2 <= len(ids) <= model.config.maxT:
-            raise InputError(f"the number of tokens is {len(ids)}: give a text of 2 to {model.config.maxT} tokens")
+        ids = tokenizer.encode(given_text(" ".join(options.words)))
         result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
         if options.plot is not None:
             draw(options.plot, model, ids, result)

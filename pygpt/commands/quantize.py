@@ -6,6 +6,7 @@ The four matrices of each layer and wte (head and embedding) are quantised. Posi
 import argparse
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ..errors import InputError
@@ -32,17 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pygpt quantize", usage="pygpt quantize [options] SRC DST", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
-    parser.add_argument("--format", metavar="NAME", type=str.lower, default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
-    parser.add_argument("--head", metavar="NAME", type=str.lower, help="the head's format (default: --format; q8_0 for q4_0)")
+    add = partial(parser.add_argument, metavar="NAME", type=str.lower, choices=[*FORMATS])
+    add("--format", default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
+    add("--head", help="the head's format (default: --format; q8_0 for q4_0)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, quantise, and report."""
     head = HEADS.get(options.format, options.format) if options.head is None else options.head
-    for name, given in (("format", options.format), ("head", head)):
-        if given not in FORMATS:
-            raise InputError(f"--{name} is {given[:40]!r}: it must be {', '.join(FORMATS)}")
     if not options.target.endswith((".gguf", ".safetensors")):
         raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; use `pygpt convert` for a .bin file")
     check_target(options.source, options.target)

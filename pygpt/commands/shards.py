@@ -34,11 +34,8 @@ Tokens = npt.NDArray[np.integer[Any]]
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt shards",
-        usage="pygpt shards TEXT... -o NAME [options]\n       pygpt shards --show FILE [-n N]",
-        description=__doc__,
-    )
+    usage = "pygpt shards TEXT... -o NAME [options]\n       pygpt shards --show FILE [-n N]"
+    parser = Parser(prog="pygpt shards", usage=usage, description=__doc__)
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="UTF-8 text files, quoted patterns, or - for stdin")
     add("-o", "--output", metavar="NAME", help="a folder for the files, or the beginning of their names")

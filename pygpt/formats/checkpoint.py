@@ -32,7 +32,7 @@ def file_bytes(config: Config, version: int) -> int:
 def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
     """Raise InputError for a model that a .bin file cannot describe: its header has only dimensions."""
     for name, value in config.variations.items():
-        way = "`pygpt quantize` and `pygpt train` write .safetensors files, `pygpt convert` folders (NAME/)"
+        way = "`pygpt quantize` and `pygpt train` write .safetensors files, `pygpt convert` folders (a name that ends in /)"
         raise InputError(f"{os.fspath(path)}: a .bin file cannot describe a model with {name} = {shown(value)}: {way}")
 
 
@@ -82,8 +82,9 @@ class Checkpoint(ModelFile):
         expected = file_bytes(config, version)
         if found != expected:
             kind = "truncated" if found < expected else "too long"
-            rule = f"expected {expected} for version {version} with {config}; fetch it again"
-            raise CheckpointError(f"{self.path}: {kind}: {found} bytes, {rule}")
+            raise CheckpointError(
+                f"{self.path}: {kind}: {found} bytes, expected {expected} for version {version} with {config}; fetch it again"
+            )
         self.config, self.version = config, version
 
     @property

@@ -173,7 +173,7 @@ class ModelFile(Closing):
             if found[name] != shape:
                 raise self._bad(f"tensor {name} has {what} {found[name]}, expected {shape} for {self.config}")
         if unknown := sorted(found.keys() - names.keys()):
-            raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
+            raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}: save a GPT2LMHeadModel")
 
     @property
     def format(self) -> Format:

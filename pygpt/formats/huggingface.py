@@ -25,7 +25,7 @@ from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLE_FILE, PICKLE_INDEX, ADAPTER_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json"
 JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
 PREFIX, PREFIXES, HEAD = "transformer.", ("_orig_mod.", "module.", "transformer."), "lm_head.weight"
 
@@ -53,16 +53,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+MERGE = "belongs to an adapter: merge it into its model (merge_and_unload of PEFT), then save_pretrained"
 WAY_OUT = "use the same model's model.safetensors, or let transformers write it (save_pretrained)"
+PICKLE = "a PyTorch pickle: loading it can run any code, so only torch reads it (weights_only=True), which is not installed: "
+PICKLE += f"{WAY_OUT}, or install torch"
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
-
-
-def pickle_error(place: str) -> CheckpointError:
-    """Return the error for a pickle without torch, with the reason and the way out."""
-    return CheckpointError(
-        f"{place}: a PyTorch pickle: loading it can run any code, so only torch reads it (weights_only=True), which is not "
-        f"installed: {WAY_OUT}, or install torch"
-    )
 
 
 class PickleFile(Closing):
@@ -75,12 +70,12 @@ class PickleFile(Closing):
         try:
             import torch
         except ImportError:
-            raise pickle_error(path) from None
+            raise CheckpointError(f"{path}: {PICKLE}") from None
         self.path, self.size = path, os.path.getsize(path)
         try:
             found = self._load(torch)
         except Exception as error:  # torch raises errors of many kinds for other files
-            words = reason(error).strip().partition("\n")[0].rstrip(".:")[:200]
+            words = re.split(r"\n|\. ", reason(error).strip())[0].rstrip(".:")[:200]
             raise CheckpointError(f"{path}: torch cannot read this file with weights_only=True ({words}): {WAY_OUT}") from error
         self.metadata: dict[str, str] = {}
         if isinstance(found, dict) and isinstance(found.get("model"), dict):  # nanoGPT's checkpoint
@@ -140,6 +135,8 @@ class HuggingFaceModel(ModelFile):
         is_folder = os.path.isdir(self.path)
         folder = self.path if is_folder else os.path.dirname(self.path)
         place = os.path.join(folder, CONFIG_FILE)
+        if is_folder and os.path.exists(os.path.join(folder, ADAPTER_FILE)):
+            raise self._bad(f"{ADAPTER_FILE} {MERGE}")
         if is_folder and not os.path.exists(place):
             raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing: give the folder or file of a model")
         for name in find_files(folder) if is_folder else [os.path.basename(self.path)]:
@@ -153,6 +150,8 @@ class HuggingFaceModel(ModelFile):
                 short = name
                 while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), ""):
                     short = short.removeprefix(prefix)
+                if ".lora_" in name:
+                    raise self._bad(f"tensor {name[:80]!r} {MERGE}")
                 if short in self._tensors:
                     raise self._bad(f"tensor {short} occurs twice")
                 self._tensors[short] = tensors, name
@@ -194,7 +193,9 @@ class HuggingFaceModel(ModelFile):
         assumed = []
         if heads is None:
             if (L, C) not in KNOWN_HEADS:
-                raise InputError(f"{self.path}: the number of heads is unknown without {CONFIG_FILE}: give --heads N")
+                raise InputError(
+                    f"{self.path}: the number of heads is unknown: add {CONFIG_FILE}, or give `pygpt convert` --heads N"
+                )
             heads = KNOWN_HEADS[L, C]
             assumed.append(f"{heads} heads, as in GPT-2 with {L} layers and {C} channels")
         activation = "gelu" if self._linear else "gelu_new"
@@ -413,7 +414,7 @@ def find_files(folder: str) -> list[str]:
             return [file]
         if os.path.exists(os.path.join(folder, index)):
             return sorted(set(_read_index(folder, index).values()))
-    raise CheckpointError(f"{folder}: expected {MODEL_FILE} or {INDEX_FILE} in it")
+    raise CheckpointError(f"{folder}: expected {MODEL_FILE} or {INDEX_FILE} in it: let transformers write it (save_pretrained)")
 
 
 def _read_index(folder: str, index: str) -> dict[str, str]:
@@ -436,10 +437,9 @@ def _check_index(folder: str, files: Mapping[str, Tensors]) -> None:
     places = _read_index(folder, index)
     path = os.path.join(folder, index)
     found = {(tensor, name) for name, file in files.items() for tensor in file.tensors}
-    for tensor, name in sorted(places.items() - found):
-        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is not in {name}, but the index lists it there")
-    for tensor, name in sorted(found - places.items()):
-        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, but the index does not list it there")
+    for tensor, name in sorted(places.items() ^ found):
+        words = "in {}, but the index does not list" if (tensor, name) in found else "not in {}, but the index lists"
+        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is {words.format(name)} it there")
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -150,9 +150,7 @@ def open_floats(path: str | os.PathLike[str]) -> ModelFile:
     for kind in model.formats.values():
         if kind.block_values > 1:
             model.close()
-            raise CheckpointError(
-                f"{model.path}: {kind.name} weights cannot be trained: start from the model in float32 or bfloat16"
-            )
+            raise CheckpointError(f"{model.path}: {kind.name} weights cannot be trained: start from float32 or bfloat16")
     return model
 
 

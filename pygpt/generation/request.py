@@ -57,6 +57,9 @@ LENGTH = {"total", "max_new_tokens"}
 STOPS = {"stop_token_ids", "stop_strings", "stop_at_eot"}
 IN_JSON = {"sampler", "speculation", "overflow", *STOPS, *LENGTH, *SAMPLING, *CONTROLS[:-1]}
 JSON_KEYS = {"tokens", *IN_JSON}
+# Options of transformers: what to do instead.
+THEIRS = {"max_length": "give total", "eos_token_id": "give stop_token_ids", "num_return_sequences": "use generate_batch()"}
+THEIRS |= dict.fromkeys(("attention_mask", "pad_token_id", "use_cache"), "leave it out: pygpt never pads, and always caches")
 OPTIONS = {*IN_JSON, "do_sample", "edits", "logits_processor", "slide_to"}
 
 
@@ -105,7 +108,7 @@ class Request:
         **options: "Any",
     ) -> None:
         if unknown := sorted(options.keys() - OPTIONS):
-            raise InputError(f"{shown(unknown[0])} is not an option: {near(unknown[0], OPTIONS)}")
+            raise InputError(f"{shown(unknown[0])} is not an option: {THEIRS.get(unknown[0]) or near(unknown[0], OPTIONS)}")
         if overflow is not None and not (isinstance(overflow, str) and overflow in OVERFLOWS):
             raise InputError(f"overflow is {shown(overflow)}: it must be one of {', '.join(OVERFLOWS)}")
         self.config, self.overflow = config, overflow

@@ -41,7 +41,7 @@ def sample(name: str, logits: "Logits", row: int) -> int:
 
 def not_finite() -> NumericalError:
     """Return the error for logits that are not finite."""
-    return NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
+    return NumericalError("the network's logits are not finite: the weights (or edits) are damaged or out of range")
 
 
 class Sampler:

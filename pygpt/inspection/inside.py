@@ -42,6 +42,7 @@ class Logit:
 
     def __call__(self, logits: Float32) -> float:
         """Return the number for logits (T, V). Raises InputError for an id or a position that they do not have."""
+        logits = np.atleast_2d(logits)
         row = logits[self.row(*logits.shape)].astype(np.float64)
         return float(row[self.token] - (0 if self.against is None else row[self.against]))
 
@@ -113,8 +114,9 @@ def induction_scores(patterns: Float32, period: int) -> Float64:
 
 
 def mean_loss(tokens: Iterable[int]) -> Metric:
-    """Return the metric that is the mean loss of these tokens after the first, in nats."""
-    targets = list(tokens)[1:]
+    """Return the metric that is the mean loss of these tokens after the first, in nats. Raises InputError for fewer than 2."""
+    if not (targets := list(tokens)[1:]):
+        raise InputError("the mean loss needs at least 2 tokens, because the first has no prediction")
     return lambda logits: -fmean(token_info(logits.data, row, token, 1).logprob for row, token in enumerate(targets))
 
 
@@ -248,7 +250,7 @@ def named_activations(model: GPT2, tokens: Tokens, names: str | Iterable[str]) -
     ids, known = check_tokens(model.config, tokens), their_names(model.config.L)
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"activation {shown(unknown[0])} has no equal: {near(unknown[0], known)}")
+        raise InputError(f"activation {shown(unknown[0])} has no equal in their_names(): {near(unknown[0], known)[:200]}")
     layers = sorted({layer for name in names if (layer := known[name][1]) is not None})
     kept = model.activations(ids, [known[name][0] for name in names], layers=layers or None)
     found: dict[str, Float32] = {}

@@ -14,7 +14,7 @@ from ..formats.files import atomic_file
 WIDTH = 100  # columns of a table
 FORMATS = (".svg", ".png")
 MOST_LABELS = 40  # of an axis: more would overlap
-Labels = Sequence[str]
+Labels = Sequence[Any]  # of anything that has a text
 Path = str | os.PathLike[str]
 
 
@@ -23,6 +23,7 @@ def text_table(cells: npt.ArrayLike, rows: Labels, columns: Labels, *, digits: i
 
     Raises InputError if the labels do not fit the shape."""
     array = _checked(cells, rows, columns)
+    rows, columns = [*map(str, rows)], [*map(str, columns)]
     texts = [[str(cell) if array.dtype.kind in "OU" else f"{cell:.{digits}f}" for cell in row] for row in array]
     margin = max(map(len, rows), default=0)
     blocks, line = [], WIDTH

@@ -210,7 +210,7 @@ class Server:
     async def chat(self, request: Request, fields: dict[str, Any]) -> ASGIApp:
         """Answer a conversation, if the server was started with a chat template."""
         if not self.options.chat:
-            message = "GPT-2 completes text and has no chat template: use /v1/completions, or start with --chat-template plain"
+            message = "this server has no chat template: use /v1/completions, or start it with --chat-template plain"
             raise ApiError(message, code="no_chat_template")
         stop = fields.get("stop", [])
         fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]

@@ -419,6 +419,7 @@ def test_a_failed_step_changes_no_cache(model: GPT2, error: type[BaseException])
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"names": ["residual"]}, "'residual' .*residual3 or residual2"),
+    ({"names": "blocks.0.hook_mlp_out"}, "named_activations"),
     ({"names": []}, "names .*encoded"),
     ({"names": 3}, "names is 3: .*list"),
     ({"layers": [3]}, "layer is 3: .*0 to 2"),

@@ -20,7 +20,7 @@ from limits import full_disk
 from make_checkpoint import make
 from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, gist, run
 
-from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
+from pygpt.commands.convert import EXAMPLES, main
 from pygpt.config import TENSORS, Config
 from pygpt.errors import ClosedError, InputError
 from pygpt.formats import checkpoint, dtypes
@@ -95,7 +95,7 @@ def test_back_again_is_the_same_file(tmp_path: Path, found: int, version: int) -
 @pytest.mark.parametrize("found", [1, 3, 5])
 def test_the_version_that_is_meant(tmp_path: Path, found: int) -> None:
     make(tmp_path / "source.bin", version=found, **SMALL)
-    assert struct.unpack_from("<2i", converted(tmp_path / "source.bin"))[1] == DEFAULTS[found] == {1: 5, 3: 5, 5: 3}[found]
+    assert struct.unpack_from("<2i", converted(tmp_path / "source.bin"))[1] == {1: 5, 3: 5, 5: 3}[found]
 
 
 def test_every_bfloat16_widens_exactly(tmp_path: Path) -> None:
@@ -198,9 +198,8 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         ([], ["SRC", "DST", "--help"]),
         (["a.bin"], ["DST", "--help"]),
         (["a.bin", "b.bin", "c.bin"], ["c.bin"]),
-        (["a.bin", "b.bin", "--version", "2"], ["'2'", "1, 3 or 5"]),
+        (["a.bin", "b.bin", "--version", "2"], ["2", "1, 3, 5"]),
         (["a.bin", "b.bin", "--version", "five"], ["'five'"]),
-        (["a.bin", "b.bin", "--version", "05"], ["'05'"]),
         (["a.bin", "b.bin", "--version", ""], ["''"]),
         (["a.bin", "b.bin", "--vers", "5"], ["--vers"]),
         (["a.bin", "b.bin", "--version", "3"], ["a.bin", "version 3 already"]),
@@ -218,7 +217,7 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["a.bin", "sub"], ["sub", "not a regular file"]),
         (["a.bin", "fifo"], ["fifo", "not a regular file"]),
         (["a.bin", "/dev/null"], ["/dev/null", "not a regular file"]),
-        (["a.bin", "b.safetensors"], ["b.safetensors", "pygpt quantize", "end DST with a /"]),
+        (["a.bin", "b.safetensors"], ["b.safetensors", "pygpt quantize", "folder/"]),
         (["a.bin", "b.gguf"], ["b.gguf", "pygpt quantize"]),
         (["a.bin", "absent/b.bin"], ["absent", "does not exist"]),
         (["a.bin", "text.txt/b.bin"], ["text.txt", "does not exist"]),

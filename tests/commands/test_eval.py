@@ -308,7 +308,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["task is missing"]),
+        ([], ["required: TASK"]),
         (["train"], ["train"]),
         (["perplexity"], ["TEXT"]),
         (["perplexity", "absent.txt", "-m", EMBEDDED_MODEL], ["absent.txt", "absent.txt"]),

@@ -100,9 +100,9 @@ def test_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     ("arguments", "words"),
     [
         ([], ["TEXT"]),
-        ([""], ["is 0", "2 to 256"]),
-        (["a"], ["is 1", "2 to 256"]),
-        (["a " * 300], ["is 301", "256"]),
+        ([""], ["empty"]),
+        (["a"], ["1 token", "at least 2"]),
+        (["a " * 300], ["301 tokens", "256"]),
         ([TEXT, "-o", "xml"], ["invalid choice: 'xml'", "text", "json"]),
         ([TEXT, "-k", "1"], ["'1'", "from 2 to 50"]),
         ([TEXT, "-m", "nowhere.bin"], ["nowhere.bin"]),

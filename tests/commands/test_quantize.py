@@ -200,7 +200,7 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
     hf.make_model(folder / "hf", hf.named(hf.weights(4, **SHAPE)), hf.settings(**SHAPE))
     refused(capsys, ["source.bin"], "DST")
     refused(capsys, ["source.bin", "target.bin"], "target.bin", ".gguf", ".safetensors", "pygpt convert")
-    refused(capsys, ["--format", "q5_0", "source.bin", "a.gguf"], "--format", "'q5_0'", "q8_0, q4_0, f16, bf16, f32")
+    refused(capsys, ["--format", "q5_0", "source.bin", "a.gguf"], "--format", "'q5_0'", "q8_0", "f32")
     refused(capsys, ["--head", "float32", "source.bin", "a.gguf"], "--head", "'float32'")
     refused(capsys, ["source.bin", "no/a.gguf"], "no/a.gguf", "does not exist")
     refused(capsys, ["source.bin", "folder.gguf"], "regular")

@@ -277,7 +277,8 @@ def with_tensor(name: str, dtype: str, *shape: int) -> Callable[[Tensors], objec
         (with_tensor("h.2.ln_1.weight", "F32", 6), "'h.2.ln_1.weight' ... unknown"),
         (with_tensor("h.2.attn.bias", "F32", 6), "'h.2.attn.bias' ... unknown"),
         (with_tensor("h.0.crossattention.c_attn.weight", "F32", 6, 12), "'h.0.crossattention.c_attn.weight' ... unknown"),
-        (with_tensor("score.weight", "F32", 2, 6), "'score.weight' ... unknown"),
+        (with_tensor("score.weight", "F32", 2, 6), "'score.weight' ... unknown ... GPT2LMHeadModel"),
+        (with_tensor("base_model.model.h.0.attn.c_attn.lora_A.weight", "F32", 4, 6), "lora_A ... merge_and_unload"),
         (with_tensor("h.1.attn.c_attn.weight", "F32", 18, 6), "h.1.attn.c_attn.weight ... (18, 6) ... (6, 18)"),
         (with_tensor("wpe.weight", "F32", 6, 6), "wpe.weight ... (6, 6) ... (5, 6)"),
         (with_tensor("h.0.ln_2.bias", "F32", 6, 1), "h.0.ln_2.bias ... (6, 1) ... (6,)"),
@@ -296,6 +297,8 @@ def test_tensors_that_are_not_gpt2s(
     change(model)
     hf.make_model(Path("model"), model, hf.settings(**SHAPE), shards=shards)
     refused(capsys, ["model", "a.bin"], "model: not a GPT-2 model: ", named)
+    Path("model/adapter_config.json").write_text("{}")  # transformers would add the adapter
+    refused(capsys, ["model", "a.bin"], "adapter_config.json ... merge_and_unload")
 
 
 @pytest.mark.parametrize(
@@ -626,10 +629,10 @@ def test_an_empty_folder_is_filled(folder: Path) -> None:
         (["a.bin", "dangling/"], ["dangling/", "not an empty folder"]),
         (["a.bin", "absent/model/"], ["absent", "does not exist"]),
         (["a.bin", "/"], ["/", "not an empty folder"]),
-        (["a.bin", "new.safetensors"], ["new.safetensors", "end DST with a /"]),
+        (["a.bin", "new.safetensors"], ["new.safetensors", "folder/"]),
         (["a.bin", "new/", "--version", "5"], ["new/", "leave out --version"]),
         (["model", "full"], ["full", "not a regular file"]),
-        (["model", "model/model.safetensors"], ["end DST with a /"]),
+        (["model", "model/model.safetensors"], ["folder/"]),
     ],
 )
 def test_targets_that_cannot_be(

@@ -253,8 +253,13 @@ def test_unknown_options_name_the_near_ones(model: GPT2) -> None:
                 call([1], **{wrong: 1})
         with pytest.raises(InputError, match=f"'{wrong}'.*{right}"):
             request_from_json(SHAPE, json.dumps({"tokens": [1], wrong: 1}).encode(), {})
-    with pytest.raises(InputError, match=r"'xyzzy'.*temperature"):
-        model.generate([1], xyzzy=1)  # type: ignore[call-arg]
+    for wrong, right in (("xyzzy", "temperature"), ("max_length", "give total"), ("pad_token_id", "leave it out")):
+        with pytest.raises(InputError, match=f"'{wrong}'.*{right}"):
+            model.generate([1], **{wrong: 1})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"'input_ids'.*: give its input_ids"):
+        model.generate({"input_ids": [[1]]})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match=r"'model.bin': GPT2.load\(path\)"):
+        GPT2("model.bin")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ copies

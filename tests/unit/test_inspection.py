@@ -134,8 +134,12 @@ def test_the_loss_by_position(model: GPT2, weights: dict[str, Array]) -> None:
     found = loss_by_position(model, IDS)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert mean_loss(IDS)(model.logits(IDS)) == pytest.approx(found.mean())
-    with pytest.raises(InputError, match="at least 2"):
-        loss_by_position(model, [1])
+    for metric in loss_by_position, ablate_heads:
+        with pytest.raises(InputError, match="at least 2"):
+            metric(model, [1])
+    last = model.activations(IDS, "residual3")["residual3"][-1, -1]
+    assert np.array_equal(model.logits_of(last), model.logits(IDS)[-1:])
+    assert Logit(11)(model.logits_of(last)[0]) == Logit(11)(model.logits(IDS))
 
 
 def test_induction_scores_of_patterns_made_by_hand() -> None:
@@ -422,7 +426,7 @@ def test_tables_fit_100_columns() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert text.split()[-1] == "59.0"
     assert sum(line.count("column") for line in text.splitlines()) == 30
-    assert text_table([["a"]], ["r"], ["c"]) == "   c\nr  a"
+    assert text_table([["a"]], ["r"], [0]) == "   0\nr  a"
     with pytest.raises(InputError, match=r"shape \(2, 2\).*\(1, 2\)"):
         text_table(np.zeros((2, 2)), ["a"], ["b", "c"])
 
