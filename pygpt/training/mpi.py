@@ -20,10 +20,11 @@ import mpi4py
 mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # _begin() initializes MPI
 from mpi4py import MPI  # noqa: E402
 
-from ..errors import InputError  # noqa: E402
+from ..errors import InputError, PyGPTError  # noqa: E402
 from .parallel import TIMEOUT_S, Messages, Ranks, T  # noqa: E402
 
 STUCK = 75  # the exit status if a message does not come in time: EX_TEMPFAIL, "try again later"
+FORWARD_S = 0.3  # for the launcher to read a last message: it may drop the rest when a rank aborts
 PATIENT_S, NAP_S = 0.5, 0.001  # after so long a wait, sleep between two looks
 
 
@@ -117,6 +118,9 @@ class MPIRanks(Ranks):
         if kind is None or self.agreed:
             self.gather(None)  # no rank finalizes MPI while another may still fail
             self._open = False
+        elif isinstance(error, MPI.Exception):  # as from a rank that was killed in the middle of a message
+            text = f"MPI lost a rank ({str(error).splitlines()[-1]}): start the ranks again with --resume"
+            raise PyGPTError(f"{self.name(self.rank)}: {text}") from error
 
     def _abort(self) -> None:
         """End all ranks, unless this one has left its `with` block in order. Python calls this at the end of the process."""
@@ -124,6 +128,7 @@ class MPIRanks(Ranks):
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
                     stream.flush()
+            time.sleep(FORWARD_S)
             MPI.COMM_WORLD.Abort(1)
 
 
