@@ -135,10 +135,8 @@ def tokenizer_of(config: Config) -> Tokenizer:
         own: Tokenizer = config.tokenizer()
         return own
     if config.V < GPT2_V:
-        raise InputError(
-            f"this model has {config.V} ids, which are not GPT-2's vocabulary of {GPT2_V}, and no tokenizer lies beside it: "
-            "give its tokenizer.json (--tokenizer), or use token ids"
-        )
+        way = "no tokenizer lies beside it: give its tokenizer.json (--tokenizer), or use token ids"
+        raise InputError(f"this model has {config.V} ids, which are not GPT-2's vocabulary of {GPT2_V}, and {way}")
     return _gpt2(config.V)
 
 

@@ -90,8 +90,7 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
 
 def parse_speculation(text: str) -> int | bool:
     """Read the value of --speculate. Raises InputError unless it is auto, off or a whole number."""
-    rule = "auto, off, or a whole number from 1 to 64"
-    return text == "auto" if text in ("auto", "off") else parse_count("speculation (--speculate)", text, rule)
+    return text == "auto" if text in ("auto", "off") else parse_count("speculation (--speculate)", text, "auto, off or 1 to 64")
 
 
 def parse_list(name: str, texts: "list[str]") -> "Any":

@@ -82,9 +82,8 @@ class Checkpoint(ModelFile):
         expected = file_bytes(config, version)
         if found != expected:
             kind = "truncated" if found < expected else "too long"
-            raise CheckpointError(
-                f"{self.path}: {kind}: {found} bytes, expected {expected} for version {version} with {config}; fetch it again"
-            )
+            rule = f"expected {expected} for version {version} with {config}; fetch it again"
+            raise CheckpointError(f"{self.path}: {kind}: {found} bytes, {rule}")
         self.config, self.version = config, version
 
     @property

@@ -283,15 +283,14 @@ class GGUFFile(ModelFile):
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
-        split = self._values.get("tokenizer.ggml.pre", "gpt-2")
+        split = self._values.get("tokenizer.ggml.pre", "gpt-2" if self.has_vocabulary else None)
         if not self.has_vocabulary or split not in ("gpt-2", "default"):
             raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
         tokens = self._strings(TOKENS)
         kind, at, _ = self._arrays.get("tokenizer.ggml.token_type", (0, 0, 0))
         types = struct.unpack_from(f"<{len(tokens)}i", self._cursor.data, at) if kind in (UINT32, INT32) else (1,) * len(tokens)
-        added = {
-            token: number == CONTROL for token, number in zip(tokens, types, strict=True) if number in (CONTROL, USER_DEFINED)
-        }
+        typed = zip(tokens, types, strict=True)
+        added = {token: number == CONTROL for token, number in typed if number in (CONTROL, USER_DEFINED)}
         return vocabulary_of(tokens, self._strings(MERGES), added)
 
     def _strings(self, key: str) -> list[str]:
@@ -379,9 +378,8 @@ def write_gguf(
         for theirs in _theirs(name, layers):
             extents = (K, N) if name in MATRICES else (K,)
             size = formats[name].size(N * K)
-            table.append(
-                _string(theirs) + struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
-            )
+            place = struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
+            table.append(_string(theirs) + place)
             end = aligned(end + size, ALIGNMENT)
     pairs = _pairs(config, formats)
     header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)

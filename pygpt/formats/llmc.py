@@ -63,9 +63,8 @@ def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: i
 def check_size(path: str, found: int, expected: int, what: str) -> None:
     """Raise DataError unless the file has exactly the size that its header promises."""
     if found != expected:
-        raise DataError(
-            f"{path}: {'truncated' if found < expected else 'too long'}: {found} bytes, expected {expected} for {what}"
-        )
+        flaw = "truncated" if found < expected else "too long"
+        raise DataError(f"{path}: {flaw}: {found} bytes, expected {expected} for {what}")
 
 
 def header_bytes(magic: int, version: int, *fields: int) -> bytes:
@@ -79,9 +78,8 @@ def check_ids(tokens: Tokens, V: int, where: str) -> None:
         piece = tokens[start : start + PIECE]
         if piece.max() >= V or piece.min() < 0:
             position = start + int(np.flatnonzero((piece < 0) | (piece >= V))[0])
-            raise DataError(
-                f"{where}: token id {tokens[position]} at position {position}: it must be below the vocabulary of {V} ids"
-            )
+            found = f"token id {tokens[position]} at position {position}"
+            raise DataError(f"{where}: {found}: it must be below the vocabulary of {V} ids")
 
 
 def read_tokens(path: Path, *, V: int | None = None) -> Shard:
@@ -303,9 +301,8 @@ def read_tokenizer(path: Path) -> tuple[list[bytes], int]:
             raise DataError(f"{name}: bad header: V is {V} and field 3 is {eot}, expected {GPT2_V} and 0 in version 1")
         eot = GPT2_V - 1
     if not 0 <= eot < V <= LIMITS["V"]:
-        raise DataError(
-            f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V, and V at most {LIMITS['V']}"
-        )
+        rule = f"it must be an id below V, and V at most {LIMITS['V']}"
+        raise DataError(f"{name}: bad header: the end of text is {eot}, and V is {V}: {rule}")
     tokens: list[bytes] = []
     start = HEADER_BYTES
     for token in range(V):

@@ -231,10 +231,9 @@ class PanelFile(InPanels):
 
     def _check(self, metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         if metadata.get("format") != FILE_FORMAT:
-            raise CheckpointError(
-                f"{self.path}: not made by `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
-                f"{FILE_FORMAT!r}; use `pygpt convert` or `pygpt quantize` for a Hugging Face model"
-            )
+            rule = f"its format is {metadata.get('format', '')[:40]!r}, expected {FILE_FORMAT!r}"
+            way = "use `pygpt convert` or `pygpt quantize` for a Hugging Face model"
+            raise CheckpointError(f"{self.path}: not made by `pygpt quantize`: {rule}; {way}")
         if metadata.get("version") not in (FILE_VERSION, VARIED_VERSION):
             version = metadata.get("version", "")[:40]
             raise self._bad(f"version {version!r}, expected {FILE_VERSION!r}: quantise the model again, or update pygpt")

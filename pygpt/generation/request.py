@@ -146,7 +146,7 @@ class Request:
         """Return the total number of tokens, unless a stop ends the completion earlier."""
         count, maxT = len(self.tokens), self.config.maxT
         longest = maxT if self.overflow is None else UNBOUNDED
-        most = f"the model's {maxT}" if longest == maxT else str(longest)
+        most = f"the model's {maxT} tokens (more with overflow slide)" if longest == maxT else f"{longest} tokens"
         full = f"the prompt has {plural(count, 'token')}, so a new one does not fit in"
         if total is not None and max_new_tokens is not None:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
@@ -155,7 +155,7 @@ class Request:
         if self.overflow != "slide" and count == maxT:
             raise InputError(f"{full} the model's {maxT}: give fewer, or let the window slide (overflow slide)")
         if max_new_tokens is not None:
-            rule = f" from 1 to {longest - count}, because the prompt takes {count} of {most} tokens"
+            rule = f" from 1 to {longest - count}, because the prompt takes {count} of {most}"
             total = count + check_whole("max_new_tokens", max_new_tokens, 1, longest - count, rule)
         rule = f" from 2 to {most}; it counts the given tokens, too"
         total = check_whole("total", min(DEFAULT_TOTAL, longest) if total is None else total, 2, longest, rule)

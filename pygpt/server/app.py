@@ -459,6 +459,7 @@ def run(server: Server, listening: socket.socket, *, grace_s: float, started: Ca
             loop.add_signal_handler(number, stop, number)
         started()
         await serving.serve(sockets=[listening])
+        signal.set_wakeup_fd(-1)  # the loop closes it before it removes the handlers, and a signal in between would complain
 
     asyncio.run(main())
     return status[0]

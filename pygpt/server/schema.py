@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import near, shown
+from ..formats.safetensors import unique
 from ..generation.request import MOST_GUESSES
 
 Schema = dict[str, Any]
@@ -127,7 +128,7 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
 
     Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value."""
     try:
-        found = json.loads(body, parse_float=_number_of, parse_constant=_refuse)
+        found = json.loads(body, parse_float=_number_of, parse_constant=unique)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not JSON in UTF-8: {error}") from None
     if not isinstance(found, dict):
@@ -146,10 +147,6 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
 
 def _number_of(text: str) -> int | float:
     return int(value) if (value := float(text)).is_integer() else value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
 
 
 def fits(value: Any, schema: Schema) -> bool:
