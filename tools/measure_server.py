@@ -144,6 +144,7 @@ def cancel(address: str, options: argparse.Namespace, count: int) -> dict[str, A
     for number in range(count):
         before, got = metric(address, "iteration_tokens_total_count"), 0
         body = {"prompt": [number, 1, 2], "max_tokens": options.context - 8, "ignore_eos": True, "stream": True}
+        body["speculation"] = False  # so that a step gives one token
         with post(address, body) as answer:
             while got < 5 + number % 3:
                 got += answer.readline().startswith(b"data: {")

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _keys(path: str) -> list[str]:
-    """Return the keys in a file, one key a line, without comments (#). Raises InputError if there are none."""
+    """Return the keys in a file, one key a line. A line that begins with # is a comment. Raises InputError without any key."""
     try:
         with open(path, encoding="utf-8") as file:
             keys = [key for line in file if (key := line.strip()) and not key.startswith("#")]

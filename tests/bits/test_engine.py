@@ -281,7 +281,7 @@ def test_a_slow_first_step_is_forgotten() -> None:
 
 @pytest.mark.parametrize("speculation", [0, 5])
 def test_a_draft_that_cannot_be_made_does_not_replace_lookups(speculation: int) -> None:
-    """Lookups are rarely right here, and a draft would be better, but there is none."""
+    """Lookups are rarely right here. A draft would be better, but the engine has none."""
     speculator, state = Speculator(lambda make: None), Speculation()
     state.lookups.mean = 0.3
     memory: Any = SimpleNamespace(cache=SimpleNamespace(capacity=99, length=11))
