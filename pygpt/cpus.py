@@ -1,7 +1,9 @@
 """Choose the number of workers for this machine, and for a step of a known amount of work. Results do not depend on it."""
 
+import math
 import os
 from collections.abc import Iterator
+from functools import cache
 
 from .errors import InputError, check_whole
 
@@ -26,9 +28,10 @@ def spins_for(threads: int) -> int:
 
 
 def workers_for(threads: int, alone_us: float, barriers: int = 0) -> int:
-    """Return how many workers to use for work that takes one worker `alone_us` microseconds: all of them, or one. One worker is
-    faster if the others save less time than the round and its barriers cost."""
-    return threads if alone_us * (1 - 1 / threads) > ROUND_US + BARRIER_US * barriers else 1
+    """Return how many of `threads` workers to use for work that takes one worker `alone_us` microseconds: as many as can run at
+    the same time, because more would take turns at each barrier; or one, if the others save less time than they cost."""
+    able = min(threads, runnable())
+    return able if alone_us * (1 - 1 / able) > ROUND_US + BARRIER_US * barriers else 1
 
 
 def check_threads(threads: "SupportsIndex") -> int:
@@ -49,14 +52,22 @@ def resolve_threads(threads: "SupportsIndex | None" = None) -> int:
 
 
 def default_threads(root: str = "/") -> int:
-    """Return how many workers can run at the same time, at least 1. More workers would take turns at every barrier.
-
-    That is the least of: the processors that this process may use, their physical cores, and the cgroup's CPU quota rounded
-    down."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    """Return how many workers to use by default, at least 1: the least of the processors that this process may use, their
+    physical cores, and the cgroup's CPU quota rounded down."""
+    cpus = _processors()
     # A processor without topology files counts as a core.
     cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
     return max(1, min(len(cores), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))))
+
+
+@cache
+def runnable() -> int:
+    """Return how many threads can run at the same time: the processors, but at most the CPU quota rounded up. Read once."""
+    return min(len(_processors()), *(math.ceil(quota) for quota in _cpu_quotas("/")), MAX_THREADS)
+
+
+def _processors() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _cpu_quotas(root: str) -> Iterator[float]:

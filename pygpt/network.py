@@ -7,6 +7,7 @@ a prompt into steps, or on the number of workers.
 Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 from . import cpus
@@ -89,7 +90,8 @@ class Network(Uncopied):
         self._all_workers: bool = all_workers if target is None else target._all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
         self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
-        self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
+        self._most = self.threads if self._all_workers else cpus.workers_for(self.threads, math.inf)  # workers of a step
+        self._work = Step(self._weights, self.threads, cpus.spins_for(self._most))
 
     @property
     def threads(self) -> int:
@@ -138,7 +140,7 @@ class Network(Uncopied):
                     lengths.setdefault(cache, cache.length)
 
         again = work.more if watch is None else watch.more
-        logits = self._pool.run(work, work.abort, before=prepare, again=again, after=work.finish, alone=workers == 1)
+        logits = self._pool.run(work, work.abort, before=prepare, again=again, after=work.finish, workers=workers)
         assert logits is not None
         return logits
 
@@ -160,17 +162,17 @@ class Network(Uncopied):
         if count == 1:
             function(0)
         elif count:
-            self._pool.run(lambda ith, nth: [function(i) for i in range(ith, count, nth)])
+            self._pool.run(lambda ith, nth: [function(i) for i in range(ith, count, nth)], workers=self._most)
 
     def record(self, trace: Trace | None) -> None:
         """Record phases as GPT2.record() does. Raises InputError for a trace of fewer workers."""
         if trace is not None and trace.nth < self.threads:
             raise InputError(f"trace is for {trace.nth} workers: this model needs a trace for {self.threads}")
-        self._pool.run(nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
+        self._pool.run(nothing, before=lambda: setattr(self._work, "trace", trace), workers=1)
 
     def fork_join(self, on: bool) -> None:
         """Run later steps as GPT2.fork_join() does. The bits are the same, but the additional rounds take time."""
-        self._pool.run(nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
+        self._pool.run(nothing, before=lambda: setattr(self._work, "forked", on), workers=1)
 
     def close(self) -> None:
         """Stop the workers and unmap the file, after a running step has ended. May be called twice."""

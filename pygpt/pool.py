@@ -7,7 +7,7 @@ docs/course.md maps the primitives of thread.h and thread-sync.h to this module.
 makes the process hang. Here, close() stops the workers first. There are two levels of synchronisation. The pool wakes the
 workers once for each job and waits for them once (about 10 us). Inside a job, workers wait for each other at native barriers
 without the GIL (about 1 us). A job with native barriers gives run() its `abort`, which releases the other workers if one worker
-fails.
+fails. If there are more workers than processors, a job that needs only as many as can run at once leaves the others asleep.
 
 Refuses nested jobs, and more than MAX_THREADS workers. A thread count that is not a whole number is an error.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ._signals import see_through
-from .cpus import check_threads
+from .cpus import check_threads, runnable
 from .errors import ClosedError, Closing, PyGPTError
 
 TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt at each attempt
@@ -59,13 +59,13 @@ class ThreadPool(Closing):
         before: Callable[[], object] | None = None,
         again: Callable[[], bool] | None = None,
         after: "Callable[[], T] | None" = None,
-        alone: bool = False,
+        workers: int | None = None,
     ) -> "T | None":
         """Call job(ith, nth) once on every worker, ith = 0 .. nth-1, and return when all have finished.
 
-        before() runs first and after() last, on the caller, in the same turn. run() returns what after() returns. With
-        `alone` the caller does the whole job, as job(0, 1). As long as again() returns True after a round, the workers do
-        another round.
+        before() runs first and after() last, on the caller, in the same turn. run() returns what after() returns. As long as
+        again() returns True after a round, the workers do another round. workers: how many are enough, if not all. With 1 the
+        caller does the whole job, as job(0, 1). With more, the pool may call job(ith, n) on any n of at least so many.
 
         If the job raises on a worker, abort() is called at once, so that workers that wait inside the job can leave it. When
         all workers have stopped, run() raises the first exception, and does not call after(). If a signal handler raises
@@ -81,14 +81,14 @@ class ThreadPool(Closing):
             try:
                 if self._closed:
                     raise ClosedError("the model or its thread pool is closed: make a new one")
-                workers = self._ready()
+                threads, enough = self._ready(), min(workers or self.nth, self.nth)
                 if before is not None:
                     before()
                 while True:
-                    if alone or self.nth == 1:
+                    if enough == 1:
                         job(0, 1)
                     else:
-                        workers.run(job, abort or nothing)
+                        threads.run(job, abort or nothing, enough)
                     if again is None or not again():
                         break
                 return after() if after is not None else None
@@ -106,7 +106,7 @@ class ThreadPool(Closing):
                 self._workers.stop()
                 self._workers.join()
                 self._finalizer.detach()
-                self._workers.end = None  # break the cycle: threads must not be left to the garbage collector (see _pools)
+                self._workers.ends = []  # break the cycle: threads must not be left to the garbage collector (see _pools)
                 self._workers = None
 
     def _refuse_own_workers(self) -> None:
@@ -145,19 +145,21 @@ class _Workers:
     def __init__(self, nth: int) -> None:
         self.nth = nth
         self.lock = threading.RLock()  # guards the fields below; re-entrant: stop() may run in the garbage collector
-        self.wake = threading.Condition(self.lock)  # a new round, or the end
-        self.rounds = 0
+        self.few = min(nth, max(2, runnable()))  # workers of a narrow round; a wide one has all
+        self.wakes = [threading.Condition(self.lock) for _ in range(2)]  # a new round or the end; a new wide round or the end
+        self.rounds = [0, 0]  # the last round, and the last wide one
         self.stopping = False
         self.failure: BaseException | None = None  # the first of a round
         self.job: Job = nothing
         self.abort: Callable[[], None] = nothing
         self.stage = self.GATHER
+        self.active = nth  # workers of this round
         self.aborts = 0  # how often the caller has tried abort() in this round
         self.round = 0  # the caller's current round
         self.finished = 0  # the last round that all other workers have finished
         self.done = threading.Lock()  # released when they have finished
         self.done.acquire()
-        self.end = threading.Barrier(nth - 1, self.report) if nth > 1 else None
+        self.ends = [threading.Barrier(max(n - 1, 1), self.report) for n in (self.few, nth)]  # of narrow and wide rounds
         self.threads: list[threading.Thread] = []
         try:
             for ith in range(1, nth):
@@ -173,10 +175,11 @@ class _Workers:
 
     # ---- the caller
 
-    def run(self, job: Job, abort: Callable[[], None]) -> None:
-        """Run one round: every worker calls the job; the caller is worker 0."""
+    def run(self, job: Job, abort: Callable[[], None], enough: int) -> None:
+        """Run one round of at least `enough` workers, which all call the job; the caller is worker 0."""
         _descend(self.CALLS)
         self.job, self.abort, self.aborts, self.failure = job, abort, 0, None
+        self.active = self.few if enough <= self.few else self.nth
         try:
             # Up to see_through(), calls and backward jumps would let a signal handler raise. This code avoids both.
             self.round, self.stage = self.round + 1, self.POST
@@ -194,13 +197,14 @@ class _Workers:
         """Do the caller's side of a round, from the stage that it has reached. Return True: the round is over."""
         if self.stage == self.POST:
             with self.lock:
-                self.rounds = self.round
-                self.wake.notify_all()
+                for kind in range(1 + (self.active > self.few)):
+                    self.rounds[kind] = self.round
+                    self.wakes[kind].notify_all()
             self.stage = self.WORK
         if self.stage == self.WORK:
             self.stage = self.ABANDONED  # until the share is done
             try:
-                self.job(0, self.nth)
+                self.job(0, self.active)
             except Exception as error:
                 if self.failure is None:  # without a call or a lock, in which a handler could raise
                     self.failure = error
@@ -219,21 +223,20 @@ class _Workers:
 
     def serve(self, ith: int) -> None:
         """Live as a worker: wait for a round, work, wait for the others, again."""
-        assert self.end is not None
-        seen = 0
+        seen, kind = 0, int(ith >= self.few)
         while True:
             with self.lock:
-                while self.rounds == seen and not self.stopping:
-                    self.wake.wait()
-                if self.rounds == seen:
+                while self.rounds[kind] == seen and not self.stopping:
+                    self.wakes[kind].wait()
+                if self.rounds[kind] == seen:
                     return
-                seen = self.rounds
+                seen = self.rounds[kind]
             self.work(ith)
-            self.end.wait()
+            self.ends[self.active > self.few].wait()
 
     def report(self) -> None:
         """Let the caller continue. This is the barrier's action; the last worker to finish runs it."""
-        self.finished = self.rounds
+        self.finished = self.rounds[0]
         if self.done.locked():  # it is unlocked if the caller saw `finished` before it had to wait
             self.done.release()
 
@@ -242,7 +245,7 @@ class _Workers:
     def work(self, ith: int) -> None:
         """Do worker ith's share of the job; keep the first failure for the caller."""
         try:
-            self.job(ith, self.nth)
+            self.job(ith, self.active)
         except BaseException as error:  # also SystemExit: it must reach the caller instead of ending a thread
             if self.failure is None:  # the GIL keeps other threads out between this test and the assignment
                 self.failure = error
@@ -253,7 +256,7 @@ class _Workers:
         """Ask the workers to stop as soon as they are idle."""
         with self.lock:
             self.stopping = True
-            self.wake.notify_all()
+            self.notify()
         if threading.current_thread() in self.threads:
             # The garbage collector runs this in a worker that may have read `stopping` and be about to wait. The worker holds
             # the lock until it can be notified, so only another thread can notify it in time.
@@ -263,7 +266,8 @@ class _Workers:
     def notify(self) -> None:
         """Wake all workers that wait."""
         with self.lock:
-            self.wake.notify_all()
+            for wake in self.wakes:
+                wake.notify_all()
 
     def join(self, deadline: float | None = None) -> None:
         """Wait for the workers in the order they were made, until time.monotonic() passes the deadline (None: without end)."""

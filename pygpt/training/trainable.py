@@ -4,6 +4,7 @@ The forward pass of a batch is the network's step over B sequences x T rows, and
 updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import SupportsIndex
@@ -41,7 +42,8 @@ class TrainableGPT2(Parameters):
 
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
-        return TrainStep(self._weights, count, cpus.spins_for(count), self.config, *flat, keep=keep)
+        most = count if self._all_workers else cpus.workers_for(count, math.inf)
+        return TrainStep(self._weights, count, cpus.spins_for(most), self.config, *flat, keep=keep)
 
     @property
     def updates(self) -> int:
@@ -61,7 +63,7 @@ class TrainableGPT2(Parameters):
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
         begin = partial(step.begin_backward, accumulate, scale, workers, *seed)
-        self._pool.run(step, step.abort, before=begin, alone=workers == 1)
+        self._pool.run(step, step.abort, before=begin, workers=workers)
 
     def residual_gradients(self, tokens: Iterable[SupportsIndex], dlogits: npt.ArrayLike) -> dict[str, npt.NDArray[np.float32]]:
         """Return the gradients of a function of the logits with respect to the residual streams of one sequence.
@@ -94,7 +96,7 @@ class TrainableGPT2(Parameters):
         step, workers = self._step, self._workers_for_arrays(1)
         blocks = slice(start // NORM_BLOCK, -(-stop // NORM_BLOCK))
         copy = lambda: np.frombuffer(step.squares, "f8")[blocks].copy()  # noqa: E731
-        found = self._pool.run(step, before=partial(step.begin_norm, start, stop, workers), after=copy, alone=workers == 1)
+        found = self._pool.run(step, before=partial(step.begin_norm, start, stop, workers), after=copy, workers=workers)
         assert found is not None
         return found
 
@@ -111,7 +113,7 @@ class TrainableGPT2(Parameters):
         step, spans = self._step, np.array(numbers.spans, np.float64).reshape(-1, 3)
         workers = self._workers_for_arrays(7)  # AdamW reads four arrays and writes three
         rest = lambda: step(0, workers)  # noqa: E731 (completes the caller's share after an interruption)
-        self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
+        self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), workers=workers)
 
     def _workers(self, rows: int) -> int:
         alone_us = self._values * (4 / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
@@ -123,17 +125,17 @@ class TrainableGPT2(Parameters):
 
     def record(self, trace: Trace | None) -> None:
         """Record the workers' phases in `trace`, as GPT2.record() does; None stops the recording."""
-        self._pool.run(nothing, before=lambda: setattr(self._step, "trace", trace), alone=True)
+        self._pool.run(nothing, before=lambda: setattr(self._step, "trace", trace), workers=1)
 
     def model(self) -> GPT2:
         """Return a GPT2 over the live weights with its own workers, for samples. Close it before this object."""
-        self._pool.run(nothing, alone=True)  # raises ClosedError after close()
+        self._pool.run(nothing, workers=1)  # raises ClosedError after close()
         return GPT2(self.weights(), threads=self.threads)
 
     def _losses(self, step: TrainStep, inputs: Ids, targets: Ids) -> Losses:
         workers = self._workers(inputs.size)
         begin = partial(step.begin_forward, inputs, targets, workers)
-        losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, alone=workers == 1)
+        losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, workers=workers)
         return np.asarray(losses)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from budget import Budget
 from known import make_model
-from programs import PREAMBLE, PYTHON, finish, send, start
+from programs import PYTHON, finish, send, start
 
 from pygpt import Config
 
@@ -29,7 +29,9 @@ PERIOD_S = 0.1
 CGROUPS = Path("/sys/fs/cgroup")
 Governor = Callable[["subprocess.Popen[bytes]"], object]  # takes a process in hand
 
-DECODE = f"""{PREAMBLE}
+DECODE = """
+import sys, time
+from pygpt import GPT2
 with GPT2.load(sys.argv[1], threads=int(sys.argv[2])) as model:
     cache, tokens = model.new_cache(), 0
     model.prefill(cache, list(range(64)))

@@ -356,7 +356,7 @@ def test_a_stop_in_a_worker_about_to_wait() -> None:
     pool = ThreadPool(2)
     workers = pool._workers
     assert workers is not None
-    wait = workers.wake.wait
+    wait = workers.wakes[0].wait
     stopped: list[threading.Thread] = []
 
     def stop_then_wait(timeout: float | None = None) -> bool:
@@ -365,7 +365,7 @@ def test_a_stop_in_a_worker_about_to_wait() -> None:
             workers.stop()
         return wait(timeout)
 
-    workers.wake.wait = stop_then_wait  # type: ignore[method-assign]
+    workers.wakes[0].wait = stop_then_wait  # type: ignore[method-assign]
     ran: list[int] = []
     pool.run(lambda ith, _: ran.append(ith))
     [worker] = workers.threads

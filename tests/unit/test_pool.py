@@ -6,6 +6,7 @@ Threads wait for each other at events. If a test provokes a race, it checks ever
 """
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 from make_checkpoint import make
 
 import pygpt.model
-from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads
+from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, cpus, default_threads
 from pygpt import pool as pool_module
 from pygpt._signals import see_through
 from pygpt.cpus import MAX_THREADS, resolve_threads
@@ -32,6 +33,7 @@ from pygpt.cpus import MAX_THREADS, resolve_threads
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
 TOKENS = [(17 * i + 3) % 211 for i in range(64)]
+BEST = cpus.workers_for  # as it is outside of tests
 DEADLINE = 60  # seconds for work of one or two seconds: only a hang reaches it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +148,31 @@ def test_every_worker_once(nth: int) -> None:
             assert by_id[0] is threading.current_thread()
             assert [thread.name for thread in by_id[1:]] == [f"pygpt-{ith}" for ith in range(1, nth)]  # the same each time
             assert all(thread.daemon for thread in by_id[1:])
+
+
+@pytest.mark.parametrize("failing", [None, 0, 2])
+def test_a_narrow_round_leaves_the_other_workers_asleep(monkeypatch: pytest.MonkeyPatch, failing: int | None) -> None:
+    """On three processors, a job for which two or three workers are enough has three; wide and narrow rounds may take turns."""
+    monkeypatch.setattr(pool_module, "runnable", lambda: 3)
+    with ThreadPool(6) as pool:
+        for enough, nth in [(2, 3), (3, 3), (None, 6), (6, 6), (1, 1), (4, 6), (2, 3), (9, 6), (3, 3)] * 20:
+            calls: list[tuple[int, int, str]] = []
+
+            def job(ith: int, nth: int, calls: list[tuple[int, int, str]] = calls) -> None:
+                calls.append((ith, nth, threading.current_thread().name))
+                if ith == failing:
+                    raise Failure
+
+            if failing is None or failing >= nth:
+                pool.run(job, workers=enough)
+            else:
+                with pytest.raises(Failure):
+                    pool.run(job, workers=enough)
+            names = [threading.current_thread().name] + [f"pygpt-{ith}" for ith in range(1, nth)]
+            assert sorted(calls) == [(ith, nth, names[ith]) for ith in range(nth)]
+        threads = pool._workers.threads if pool._workers is not None else []
+    assert len(threads) == 5
+    assert not any(thread.is_alive() for thread in threads)  # also those that slept
 
 
 @pytest.mark.parametrize("nth", [0, -1, MAX_THREADS + 1, True, False, 2.0, "2", None])
@@ -832,13 +859,13 @@ def test_another_thread_may_drop_a_forgotten_pool_first(monkeypatch: pytest.Monk
 def test_the_garbage_collector_may_stop_a_worker_that_is_about_to_wait() -> None:
     """The worker has the lock and has seen no stop. It would sleep for ever if only its own notification came."""
     workers = pool_module._Workers(2)
-    wait = workers.wake.wait
+    wait = workers.wakes[0].wait
 
     def collected(timeout: float | None = None) -> bool:
         workers.stop()
         return wait(timeout)
 
-    workers.wake.wait = collected  # type: ignore[method-assign]
+    workers.wakes[0].wait = collected  # type: ignore[method-assign]
     workers.notify()  # the worker looks for a round, finds none and waits again
     finish(*workers.threads)
 
@@ -1225,6 +1252,23 @@ def test_default_finds_a_version_1_mount_of_another_name(tmp_path: Path) -> None
 
 def test_default_on_this_machine() -> None:
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(("quotas", "threads"), [([], 3), ([0.5], 1), ([1.5], 2), ([2.0, 0.1], 1), ([8.0], 3)])
+def test_threads_that_can_run_at_once(monkeypatch: pytest.MonkeyPatch, quotas: list[float], threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 9}, raising=False)
+    monkeypatch.setattr(cpus, "_cpu_quotas", lambda root: quotas)
+    assert cpus.runnable.__wrapped__() == threads
+
+
+def test_a_step_has_no_more_workers_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one worker where the others would save less time than they cost."""
+    monkeypatch.setattr(cpus, "runnable", lambda: 3)
+    assert [BEST(threads, math.inf) for threads in (1, 2, 3, 4, 256)] == [1, 2, 3, 3, 3]
+    cost = cpus.ROUND_US + 10 * cpus.BARRIER_US
+    assert [BEST(16, alone_us, 10) for alone_us in (cost, 1.4 * cost, 1.6 * cost)] == [1, 1, 3]  # two thirds are saved
+    monkeypatch.setattr(cpus, "runnable", lambda: 1)
+    assert BEST(16, math.inf) == 1
 
 
 @pytest.mark.parametrize("text", ["1", "2", "007", str(MAX_THREADS)])
