@@ -180,9 +180,12 @@ class Engine(Uncopied):
         self._drop_ended()
         self._admit()
         plan = self._plan()
-        if not plan:
-            return late
         looked = all(part.last and len(part.tokens) == 1 for part in plan) and self._guess(plan)
+        if self._ended:  # cancelled meanwhile
+            plan = [part for part in plan if not _has_ended(part.sequence)]
+        if not plan:
+            self._drop_ended()
+            return late
         rows = []
         for part in plan:
             rows += [(token, part.memory.cache, part.scored) for token in part.tokens[:-1]]
@@ -303,7 +306,7 @@ class Engine(Uncopied):
         asking = [(part, state) for part, state in states if len(part.sequence.completion.sequence) >= state.rest]
         if asking:
             wanted = [(part.sequence.completion, part.memory, state) for part, state in asking]
-            found = self.speculator.guess(wanted, len(plan))
+            found = self.speculator.guess(wanted, len(plan), lambda: self._ended)
             for (part, _), guesses in zip(asking, found, strict=True):
                 part.guesses = guesses
         return bool(asking)

@@ -112,9 +112,9 @@ class Draft:
         self.position_bytes = 0 if shared else network.position_bytes
         self.seconds: float | None = None  # of one guess for each sequence of a step, a running mean
 
-    def guess(self, wanted: list[tuple[Completion, Memory, int]]) -> list[list[int]]:
-        """Return for each (completion, memory, count) its guesses, at most `count`. The memories do not change. Each memory
-        lacks only the completion's last token."""
+    def guess(self, wanted: list[tuple[Completion, Memory, int]], over: Callable[[], bool] = bool) -> list[list[int]]:
+        """Return for each (completion, memory, count) its guesses, at most `count`, fewer if over() returns True meanwhile. The
+        memories do not change. Each memory lacks only the completion's last token."""
         found: list[list[int]] = [[] for _ in wanted]
         if not self.shared:  # its context may be shorter
             maxT = self.network.config.maxT
@@ -122,20 +122,22 @@ class Draft:
         if (rounds := max(count for *_, count in wanted)) < 1:
             return found
         memories = [memory if self.shared or count < 1 else self._own(memory) for _, memory, count in wanted]
-        began = time.perf_counter()
+        began, number = time.perf_counter(), 0
         try:
-            for number in range(rounds):
+            while number < rounds:
                 active = [i for i, (*_, count) in enumerate(wanted) if len(found[i]) == number < count]
-                if not active:
+                if not active or over():
                     break
                 logits = self.network.step([((found[i] or wanted[i][0].sequence)[-1], memories[i].cache, True) for i in active])
                 for row, i in enumerate(active):
                     with suppress(Exception):  # logits may be NaN, and a user's function may fail on them: the check decides
                         found[i].append(wanted[i][0].choose(logits, row, found[i]))
+                number += 1
         finally:
             for memory in memories:
                 memory.cache.truncate(len(memory.tokens))
-        self.seconds = mean(self.seconds, (time.perf_counter() - began) / rounds)
+        if number:
+            self.seconds = mean(self.seconds, (time.perf_counter() - began) / number)
         return found
 
     def _own(self, memory: Memory) -> Memory:
@@ -166,8 +168,10 @@ class Speculator:
         self._may_make = True  # until the draft that is wanted cannot be made
         self.drafted = self.accepted = 0
 
-    def guess(self, parts: list[tuple[Completion, Memory, Speculation]], sequences: int) -> list[list[int]]:
-        """Return the guesses for some of the `sequences` of the next step, all of which decode."""
+    def guess(
+        self, parts: list[tuple[Completion, Memory, Speculation]], sequences: int, over: Callable[[], bool] = bool
+    ) -> list[list[int]]:
+        """Return the guesses for some of the `sequences` of the next step, all of which decode. over: ends the guessing."""
         found: list[list[int]] = [[] for _ in parts]
         limit = min(MOST, ROWS // sequences - 1) if sequences <= FEW else 0
         plain = self._plains.get(sequences)
@@ -192,7 +196,8 @@ class Speculator:
             return [[] for _ in parts]
         if wanted:
             self._may_make = (draft := self._draft(True)) is not None
-            guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted]) if draft is not None else [[]] * len(wanted)
+            asked = [(*parts[i][:2], count) for i, count in wanted]
+            guesses = [[]] * len(wanted) if draft is None else draft.guess(asked, over)
             for (i, _), tokens in zip(wanted, guesses, strict=True):
                 found[i], parts[i][2].drafted = tokens, True
         return found

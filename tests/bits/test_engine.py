@@ -170,6 +170,45 @@ def test_an_interrupted_draft_loses_nothing(model: GPT2, monkeypatch: pytest.Mon
     assert [job.completions[0].tokens for job in jobs] == wanted
 
 
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("name", ["itself", "larger"])
+def test_a_cancelled_job_guesses_no_more(
+    model: GPT2, drafts: dict[str, Draft | None], monkeypatch: pytest.MonkeyPatch, name: str, others: int
+) -> None:
+    """It is cancelled after the third of nine guesses. The step checks only the guesses of another job, if there is one."""
+    plain = list(model.generate([7, 8], max_new_tokens=14, seed=1))
+    draft, checks, guessed = drafts[name], list[int](), 0
+    assert draft is not None
+    engine = Engine(model.network, draft=lambda make: draft)
+    options: dict[str, Any] = {"max_new_tokens": 14, "seed": 1, "speculation": 9}
+    cancelled = engine.add(Request(model.config, [1, 2], **options))
+    jobs = [engine.add(Request(model.config, [7, 8], **options)) for _ in range(others)]
+    engine.step()
+    step, check = draft.network.step, model.network.step
+
+    def checking(rows: list[Any]) -> Any:
+        checks.append(len(rows))
+        return check(rows)
+
+    def counting(rows: list[Any]) -> Any:
+        nonlocal guessed
+        guessed += any(want for *_, want in rows)
+        if guessed == 3:
+            engine.cancel(cancelled)
+        return step(rows)
+
+    monkeypatch.setattr(draft.network, "step", counting)
+    monkeypatch.setattr(model.network, "step", checking)
+    before = [event.token for event in engine.step() if event.job in jobs]
+    assert (guessed, checks) == (3, [4] * others)
+    assert engine.busy == bool(others)
+    assert cancelled.completions[0].finish_reason == "cancelled"
+    assert len(cancelled.completions[0].tokens) == 1
+    assert len(before) >= others
+    list(engine.run())
+    assert [job.completions[0].tokens for job in jobs] == [plain] * others
+
+
 def test_speculation_stops_where_it_does_not_pay() -> None:
     """A draft that is never right is tried rarely, and more rarely each time; a text that repeats itself is looked up."""
     speculator, state = Speculator(lambda make: None), Speculation()
@@ -200,7 +239,7 @@ def test_what_does_not_pay_is_tried_rarely(model: GPT2, monkeypatch: pytest.Monk
     speculator = Speculator(lambda make: wrong)
     wrong = Draft(model.network, shared=True)
     wrong.seconds = 0.3 * plain
-    monkeypatch.setattr(Draft, "guess", lambda self, wanted: [[-2] * count for *_, count in wanted])
+    monkeypatch.setattr(Draft, "guess", lambda self, wanted, over: [[-2] * count for *_, count in wanted])
     completion = Completion(Request(model.config, [1], overflow="slide", max_new_tokens=10**6, speculation=True))
     state, memory = Speculation(), Memory(model.new_cache())
     looks, guessed = [], []
