@@ -100,6 +100,7 @@ def test_choice_of_workers_keeps_the_bits(
 
 def test_a_tiny_network_takes_one_worker_and_a_larger_one_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpus, "workers_for", BEST)
+    monkeypatch.setattr(cpus, "runnable", lambda: 4)
     for config, B, T, working in (
         (Config(maxT=8, V=50, L=1, NH=1, C=8), 1, 4, 1),
         (Config(maxT=64, V=5000, L=2, NH=4, C=64), 2, 64, 3),
