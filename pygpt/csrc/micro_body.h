@@ -35,6 +35,7 @@ typedef double double_vec __attribute__((vector_size(W * 4)));
 typedef int64_t long_vec __attribute__((vector_size(W * 4)));
 typedef uint64_t ulong_vec __attribute__((vector_size(W * 4)));
 typedef float vec4 __attribute__((vector_size(16)));
+typedef float vec4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
 #ifndef WIDE
 #define WIDE(p) __builtin_convertvector(*(const hvec_unaligned *)(p), uvec)
@@ -315,7 +316,10 @@ INLINE void dots(const int rows, const int outputs, const int packed, float *out
 #define OUT(i) out[(i) / outputs * ldo + (i) % outputs * ostep]
     UNROLL_ALL(10) for (int i = 0; i + 4 <= rows * outputs; i += 4) {
         vec4 four = fold_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
-        OUT(i) = four[0], OUT(i + 1) = four[1], OUT(i + 2) = four[2], OUT(i + 3) = four[3];
+        if (outputs == 4 && ostep == 1)
+            *(vec4_unaligned *)(out + i / 4 * ldo) = four;
+        else
+            OUT(i) = four[0], OUT(i + 1) = four[1], OUT(i + 2) = four[2], OUT(i + 3) = four[3];
     }
     UNROLL_ALL(40) for (int i = 0; i < rows * outputs; i++)
         if (i >= rows * outputs / 4 * 4) OUT(i) = fold(acc[i]);
@@ -849,21 +853,31 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* If registers suffice, tall tiles read a weight row once for up to 8 rows, and twice for up to 16. If the caller has room, up to 8
- * rows are packed. */
+/* If registers suffice, tall tiles read a weight row once for up to 8 rows, which are packed, and twice for up to 16. Without room
+ * for that, w has the keys of a head. They are short and in a cache. So the four rows of a tile are neighbours, and their four
+ * sums are stored together. */
 #ifdef TALL_TILES
 INLINE void interleave(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
     for (ptrdiff_t k = 0; k < K; k += LANES)
         for (ptrdiff_t r = 0; r < rows; r++, packed += LANES)
             store(packed, K - k < LANES ? load_tail(inp + r * ldi + k, K - k, 0.0f) : load(inp + r * ldi + k));
 }
+INLINE void gemm_near(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t N,
+                      ptrdiff_t K, const int kind) {
+    ptrdiff_t n = 0;
+    for (; n + 4 <= N; n += 4)
+        dots_column(4, 4, 0, out + n, ldo, 1, inp, ldi, rows, w + n * K * value_bytes(kind), K, K, kind);
+    for (; n < N; n++) dots_column(1, 4, 0, out + n, ldo, 1, inp, ldi, rows, w + n * K * value_bytes(kind), K, K, kind);
+}
 #define TALL_CASES(id)                                                                                                   \
-        else if (rows <= 8 && room) {                                                                                    \
+        else if (!room)                                                                                                  \
+            gemm_near(out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                    \
+        else if (rows <= 8) {                                                                                            \
             interleave(room, inp, ldi, rows, w->K);                                                                      \
             gemm_of(4, 8, 1, out, ldo, room, LANES, rows, from, stop - start, w->K, KIND_##id);                          \
         } else if (rows == 11 || rows == 12)                                                                             \
             gemm_of(4, 6, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                             \
-        else if (rows <= 8 || (rows > 12 && rows <= 16))                                                                 \
+        else if (rows > 12 && rows <= 16)                                                                                \
             gemm_of(4, 8, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
 #else
 #define TALL_CASES(id)
