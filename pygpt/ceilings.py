@@ -122,5 +122,4 @@ def _stream_of(values: int, nth: int) -> "TrainStep":
         array.fill(0)  # makes the system allocate its pages
     config = Config(maxT=1, V=1, L=1, NH=1, C=1)
     least = aligned_zeros(config.parameters(padded=True)).data.cast("B")
-    weights = Weights(config, stored_tensors(config, least, FLOAT32, padded=True))
-    return TrainStep(weights, nth, 0, config, *arrays, keep=False)
+    return TrainStep(Weights(config, stored_tensors(config, least, FLOAT32, padded=True)), nth, 0, config, *arrays, keep=False)

@@ -169,8 +169,7 @@ class GPT2(Generator):
         out = np.empty((len(ids), self.config.V), np.float32)
         cache = self.new_cache(len(ids))
         for start in range(0, len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
-            out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
+            out[start : start + CHUNK] = self.step([(token, cache, True) for token in ids[start : start + CHUNK]])
         return out
 
     def activations(

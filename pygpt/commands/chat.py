@@ -87,8 +87,7 @@ class Settings:
     @property
     def request(self) -> dict[str, Any]:
         """Return the options of a request."""
-        request = self._defaults | self._asked
-        return request | ({"stop_at_eot": True} if self.switches["stop_at_eot"] else {})
+        return self._defaults | self._asked | ({"stop_at_eot": True} if self.switches["stop_at_eot"] else {})
 
     @property
     def cuts(self) -> dict[str, Any]:

@@ -147,8 +147,7 @@ def show(path: str, count: int, tokenizer: Tokenizer) -> None:
     check_stdout("the tokens")
     tokens = read_tokens(path, V=tokenizer.V)
     ids = tokens[:count].tolist()
-    header = f"{path}: {len(tokens)} tokens, {os.path.getsize(path)} bytes; the first {len(ids)}:"
-    print(for_terminal(header, sys.stdout))
+    print(for_terminal(f"{path}: {len(tokens)} tokens, {os.path.getsize(path)} bytes; the first {len(ids)}:", sys.stdout))
     print(*ids)
     content = tokenizer.decode_bytes(ids)
     if sys.stdout.isatty():

@@ -356,12 +356,12 @@ INLINE void dots_column(const int outputs, const int tallest, const int packed, 
 }
 
 /* Read the weights from memory once, in `streams` (a constant) equal parts, and one row of each part at a time. So the
- * processor keeps more reads in flight than with one stream. */
-INLINE void gemm_of(const int streams, const int tallest, const int packed, float *out, ptrdiff_t ldo, const float *inp,
-                    ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
-    const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind);
-    for (ptrdiff_t n = 0; n < part; n++)
-        dots_column(streams, tallest, packed, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * K, K, kind);
+ * processor keeps more reads in flight than with one stream. If `near`, the rows of a tile are neighbours instead. */
+INLINE void gemm_of(const int streams, const int tallest, const int packed, const int near, float *out, ptrdiff_t ldo,
+                    const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
+    const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind), apart = near ? 1 : part, step = near ? streams : 1;
+    for (ptrdiff_t n = 0; n < part * step; n += step)
+        dots_column(streams, tallest, packed, out + n, ldo, apart, inp, ldi, rows, w + n * row_bytes, apart * K, K, kind);
     for (ptrdiff_t n = part * streams; n < N; n++)
         dots_column(1, packed ? tallest : MR, packed, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, K, K, kind);
 }
@@ -854,31 +854,21 @@ static float probe_fma(ptrdiff_t times) {
 /* ---------------------------------------------------------------------------------------- the tables */
 
 /* If registers suffice, tall tiles read a weight row once for up to 8 rows, which are packed, and twice for up to 16. Without room
- * for that, w has the keys of a head. They are short and in a cache. So the four rows of a tile are neighbours, and their four
- * sums are stored together. */
+ * for that, w has the keys of a head, short rows in a cache: the four sums of neighbours are stored together. */
 #ifdef TALL_TILES
 INLINE void interleave(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
     for (ptrdiff_t k = 0; k < K; k += LANES)
         for (ptrdiff_t r = 0; r < rows; r++, packed += LANES)
             store(packed, K - k < LANES ? load_tail(inp + r * ldi + k, K - k, 0.0f) : load(inp + r * ldi + k));
 }
-INLINE void gemm_near(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t N,
-                      ptrdiff_t K, const int kind) {
-    ptrdiff_t n = 0;
-    for (; n + 4 <= N; n += 4)
-        dots_column(4, 4, 0, out + n, ldo, 1, inp, ldi, rows, w + n * K * value_bytes(kind), K, K, kind);
-    for (; n < N; n++) dots_column(1, 4, 0, out + n, ldo, 1, inp, ldi, rows, w + n * K * value_bytes(kind), K, K, kind);
-}
 #define TALL_CASES(id)                                                                                                   \
         else if (!room)                                                                                                  \
-            gemm_near(out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                    \
+            gemm_of(4, 4, 0, 1, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                          \
         else if (rows <= 8) {                                                                                            \
             interleave(room, inp, ldi, rows, w->K);                                                                      \
-            gemm_of(4, 8, 1, out, ldo, room, LANES, rows, from, stop - start, w->K, KIND_##id);                          \
-        } else if (rows == 11 || rows == 12)                                                                             \
-            gemm_of(4, 6, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                             \
-        else if (rows > 12 && rows <= 16)                                                                                \
-            gemm_of(4, 8, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
+            gemm_of(4, 8, 1, 0, out, ldo, room, LANES, rows, from, stop - start, w->K, KIND_##id);                       \
+        } else if (rows > 10 && rows <= 16)                                                                              \
+            gemm_of(4, 8, 0, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
 #else
 #define TALL_CASES(id)
 #endif
@@ -888,10 +878,10 @@ INLINE void gemm_near(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi
         const char *from = (const char *)w->data + start * w->K * bytes;                                                 \
         (void)room;                                                                                                      \
         if (rows == 1)                                                                                                   \
-            gemm_of(STREAMS, 1, 0, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                          \
+            gemm_of(STREAMS, 1, 0, 0, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                       \
         TALL_CASES(id)                                                                                                   \
         else                                                                                                             \
-            gemm_of(NR, MR, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                           \
+            gemm_of(NR, MR, 0, 0, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                        \
     }                                                                                                                    \
     static void pack_weights_##id(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {                 \
         pack_weights_of(room, (const char *)w->data + start * w->K * bytes, stop - start, w->K, KIND_##id);              \

@@ -121,8 +121,7 @@ def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
         q[:, :, quarter] |= (high >> (2 * quarter) & 3) << 4
     with np.errstate(invalid="ignore"):
         scales = blocks["d"].astype("<f4")[:, None] * blocks["scales"].astype("<f4")
-    values = _from_blocks(scales, q.reshape(-1, 16, 16).view("i1") - 32)
-    return values.reshape(*shape[:-1], -1)
+    return _from_blocks(scales, q.reshape(-1, 16, 16).view("i1") - 32).reshape(*shape[:-1], -1)
 
 
 FLOAT32 = Format("float32", "<f4", 1, 4, lambda array: array, lambda array: array)

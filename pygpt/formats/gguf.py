@@ -172,8 +172,7 @@ class GGUFFile(ModelFile):
         self._arrays: dict[str, tuple[int, int, int]] = {}  # by key: type, offset, length
         for _ in range(pairs):
             self._read_pair(cursor)
-        table = [self._read_tensor(cursor) for _ in range(tensors)]
-        return self._place(cursor, table)
+        return self._place(cursor, [self._read_tensor(cursor) for _ in range(tensors)])
 
     def _read_pair(self, cursor: _Cursor) -> None:
         key = cursor.string(KEY_LIMIT, "a key")

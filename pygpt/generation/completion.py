@@ -103,8 +103,7 @@ class Completion:
 
             given = len(request.tokens)
             logits, row = request.control.process(np.asarray(logits)[row], sequence, given)[None].data, 0
-        step = len(sequence) - len(request.tokens)
-        return request.sampler.choose(logits, row, self.seed, self._stream, step)
+        return request.sampler.choose(logits, row, self.seed, self._stream, len(sequence) - len(request.tokens))
 
     def __repr__(self) -> str:
         return f"Completion(prompt={self.prompt}, tokens={self.tokens}, finish_reason={self.finish_reason!r})"

@@ -27,11 +27,7 @@ SLOW_S = 30.0  # the longest time in which a client sends its body, or takes a p
 STOPPED = "the server is shutting down: send the request to another server, or later"
 LEAST = -9999.0  # JSON has no infinity
 JSON = [(b"content-type", b"application/json")]
-SSE = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-]
+SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 Note = tuple[int, TokenInfo | None, int]  # a token, its info, and its offset
 
 

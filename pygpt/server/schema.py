@@ -224,8 +224,7 @@ ANSWERS = {  # by path; any other path may answer with any object
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    kind = "text/plain" if endpoint.path == "/metrics" else "application/json"
-    content = {kind: {"schema": ANSWERS.get(endpoint.path, {})}}
+    content = {"text/plain" if endpoint.path == "/metrics" else "application/json": {"schema": ANSWERS.get(endpoint.path, {})}}
     if endpoint.path.endswith("/completions"):
         content["text/event-stream"] = {"schema": {}}
     summary = (endpoint.handler.__doc__ or "").partition("\n")[0]

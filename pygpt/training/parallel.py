@@ -202,8 +202,7 @@ class SharedStep:
         """Return the 2-norm of the summed gradients: the squares of blocks are gathered, and added in the blocks' order."""
         if self.ranks.size == 1 or not isinstance(self.engine, TrainableGPT2):
             return self.engine.gradient_norm()
-        squares = self.engine.gradient_squares(self.own.start, self.own.stop)
-        return norm_of(np.concatenate(self.ranks.gather(squares)))
+        return norm_of(np.concatenate(self.ranks.gather(self.engine.gradient_squares(self.own.start, self.own.stop))))
 
     def share(self) -> None:
         """Send this rank's slice of the weights to all ranks, and receive theirs, in pieces."""

@@ -101,8 +101,7 @@ class TrainingOptions:
         if step >= self.steps:
             return self.min_lr
         done = (step - self.warmup) / (self.steps - self.warmup)
-        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + cos_pi(done))
-        return self.min_lr + left * (self.lr - self.min_lr)
+        return self.min_lr + (1 - done if self.schedule == "linear" else 0.5 * (1 + cos_pi(done))) * (self.lr - self.min_lr)
 
     def gradient_scale(self, norm: float) -> float:
         """Return the factor that reduces a gradient's global norm to at most `clip`."""

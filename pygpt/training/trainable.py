@@ -135,8 +135,7 @@ class TrainableGPT2(Parameters):
     def _losses(self, step: TrainStep, inputs: Ids, targets: Ids) -> Losses:
         workers = self._workers(inputs.size)
         begin = partial(step.begin_forward, inputs, targets, workers)
-        losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, workers=workers)
-        return np.asarray(losses)
+        return np.asarray(self._pool.run(step, step.abort, before=begin, after=step.finish_forward, workers=workers))
 
     def close(self) -> None:
         """Stop the workers. The arrays of parameters, gradients and moments remain. May be called twice."""

@@ -96,8 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-r", "--rounds", type=count, default=5, help="number of rounds (default 5)")
     add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md (a Markdown table, default), json or csv")
     add("--reference", action="store_true", help="also run the serial reference, which is slow")
-    peers = "peers to run too, separated by commas, or all for the installed ones"
-    add("--against", metavar="LIST", default="", help=peers)
+    add("--against", metavar="LIST", default="", help="peers to run too, separated by commas, or all for the installed ones")
     add("--no-process", dest="process", action="store_false", help="leave out the test process")
     add("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     larger = "size of the arrays that measure the limits, larger than any cache (default 512)"

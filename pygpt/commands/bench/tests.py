@@ -157,8 +157,7 @@ def generation_tests(options: argparse.Namespace, stack: ExitStack, path: str, c
         serial = stack.enter_context(SerialGPT2.load(path, weights=weights))
         tests += reference_tests(serial, models[weights], weights, path, options.process)
     if options.all_peers:
-        layers = {found[0].network.stored["qkvw"][0] for found in models.values()}
-        options.against = peers.of_kind(options.against, layers)
+        options.against = peers.of_kind(options.against, {found[0].network.stored["qkvw"][0] for found in models.values()})
     options.kinds |= {kind for found in models.values() for kind, _ in found[0].network.stored.values()}
     threads, new = max(options.threads), options.new
     for name in options.against:
@@ -294,8 +293,7 @@ def training_tests(options: argparse.Namespace, stack: ExitStack, path: str, con
     for threads in options.threads:
         add("pygpt", threads, iterate, stack.enter_context(TrainableGPT2.load(path, threads=threads)), work=work)
     for name in options.against:
-        peer = stack.enter_context(peers.Peer(name, path, most))
-        add(name, most, iterate_peer, peer, options.memory)
+        add(name, most, iterate_peer, stack.enter_context(peers.Peer(name, path, most)), options.memory)
     if options.reference:
         add("reference", 1, iterate_reference, path, once=True)
     return tests

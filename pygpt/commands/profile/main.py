@@ -199,8 +199,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int, maxT: 
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
     else:
-        prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
-        small = job.Generation(prompt, 1, weights=task.weights)
+        small = job.Generation(task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))], 1, weights=task.weights)
     return strategies.compare(path, small, nth, options.rounds, with_serial=serial)
 
 

@@ -218,8 +218,7 @@ def amdahl_text(report: Report) -> str:
             guess, fact = predicted.get(threads, {}), measured.get(threads, {})
             cells = [guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup")]
             rows.append([str(threads), mode, *(number(value, 2) for value in cells), "" if fact else "prediction only"])
-    heads = ["threads", "mode", "Amdahl", "+ bandwidth", "measured", ""]
-    return "\n".join([*lines, *table(heads, *rows)])
+    return "\n".join([*lines, *table(["threads", "mode", "Amdahl", "+ bandwidth", "measured", ""], *rows)])
 
 
 def strategies_text(report: Report) -> str:
