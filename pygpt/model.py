@@ -32,8 +32,8 @@ DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_
 class GPT2(Generator):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
-    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller. With
-    all_workers, even a step that is too small to gain from it uses all workers."""
+    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller. A
+    step uses one worker if it is small, else as many as can run at once; with all_workers, always all."""
 
     network: Network
 

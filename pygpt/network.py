@@ -66,8 +66,8 @@ class KVCache(KeysValues):
 class Network(Uncopied):
     """GPT-2's forward pass over the weights of a checkpoint, on `threads` workers.
 
-    Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
-    them. target: another network. This one then uses its workers, and extends its caches if the dimensions are equal.
+    Threads may share a network: their steps take turns. all_workers: use all workers even if fewer would be as fast. target:
+    another network. This one then uses its workers, and extends its caches if the dimensions are equal.
     `stored`: by tensor, its weight format and its bytes, as the kernels read them."""
 
     chunk = CHUNK

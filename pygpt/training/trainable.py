@@ -29,7 +29,7 @@ class TrainableGPT2(Parameters):
     """A GPT-2 in training on `threads` workers, the caller included. Use it in a `with` block, or close() it.
 
     It needs memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
-    calls take turns. all_workers: use all workers even if the work is too small to gain from them."""
+    calls take turns. all_workers: use all workers even if fewer would be as fast."""
 
     def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
         self._all_workers = all_workers
@@ -107,7 +107,7 @@ class TrainableGPT2(Parameters):
             mine = slice(out.size * ith // nth, out.size * (ith + 1) // nth)
             np.add(out[mine], other[mine], out=out[mine])
 
-        self._pool.run(add)
+        self._pool.run(add, workers=self._workers_for_arrays(3))
 
     def _update(self, numbers: AdamW) -> None:
         step, spans = self._step, np.array(numbers.spans, np.float64).reshape(-1, 3)

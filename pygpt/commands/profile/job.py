@@ -98,7 +98,7 @@ class Generation:
     prompt: list[int]
     new: int
     sampler: str = "median"
-    all_workers: bool = False  # use all workers even for steps that are faster on one worker
+    all_workers: bool = False  # use all workers even for steps that are faster on fewer
     weights: str | None = None  # the format to quantise the weights to in memory, or None for those of the file
     speculation: int | bool = False
     draft: str | None = None
@@ -200,7 +200,7 @@ class Training:
     inputs: list[list[int]]
     targets: list[list[int]]
     iterations: int
-    all_workers: bool = False  # use all workers even for steps that are faster on one worker
+    all_workers: bool = False  # use all workers even for steps that are faster on fewer
 
     modes: ClassVar = ("train",)
     timed: ClassVar = ("train", *STAGES)

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sample", action="store_true", help="run the job under Linux perf too: the hottest symbols")
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
-    add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
+    add("--all-workers", action="store_true", help="use all workers even for steps that are faster on fewer")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
     add("--stretch", metavar="[W:]PHASE=K", action="append", default=[], help=planting)
     return parser
