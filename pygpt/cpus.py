@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterator
-from functools import cache
 
 from .errors import InputError, check_whole
 
@@ -28,10 +27,9 @@ def spins_for(threads: int) -> int:
 
 
 def workers_for(threads: int, alone_us: float, barriers: int = 0) -> int:
-    """Return how many of `threads` workers to use for work that takes one worker `alone_us` microseconds: as many as can run at
-    the same time, because more would take turns at each barrier; or one, if the others save less time than they cost."""
-    able = min(threads, runnable())
-    return able if alone_us * (1 - 1 / able) > ROUND_US + BARRIER_US * barriers else 1
+    """Return how many workers to use for work that takes one worker `alone_us` microseconds: all of them, or one. One worker is
+    faster if the others save less time than the round and its barriers cost."""
+    return threads if alone_us * (1 - 1 / threads) > ROUND_US + BARRIER_US * barriers else 1
 
 
 def check_threads(threads: "SupportsIndex") -> int:
@@ -60,10 +58,10 @@ def default_threads(root: str = "/") -> int:
     return max(1, min(len(cores), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))))
 
 
-@cache
 def runnable() -> int:
-    """Return how many threads can run at the same time: the processors, but at most the CPU quota rounded up. Read once."""
-    return min(len(_processors()), *(math.ceil(quota) for quota in _cpu_quotas("/")), MAX_THREADS)
+    """Return how many of this thread's threads can run at the same time, at least 1: its processors, or the CPU quota rounded
+    up if that is less. More workers would take turns at each barrier."""
+    return max(1, min(len(_processors()), MAX_THREADS, *(math.ceil(quota) for quota in _cpu_quotas("/"))))
 
 
 def _processors() -> set[int]:

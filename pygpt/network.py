@@ -7,7 +7,6 @@ a prompt into steps, or on the number of workers.
 Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
 """
 
-import math
 from collections.abc import Callable, Iterable
 
 from . import cpus
@@ -90,7 +89,7 @@ class Network(Uncopied):
         self._all_workers: bool = all_workers if target is None else target._all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
         self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
-        self._most = self.threads if self._all_workers else cpus.workers_for(self.threads, math.inf)  # workers of a step
+        self._most = self.threads if self._all_workers else min(self.threads, cpus.runnable())  # workers of a step
         self._work = Step(self._weights, self.threads, cpus.spins_for(self._most))
 
     @property
@@ -126,7 +125,7 @@ class Network(Uncopied):
 
         lengths: receives the length of each cache before the step, unless it already has one, so that a caller can undo even a
         committed step. watch: reads and changes activations between the phases."""
-        rows, work, workers = list(rows), self._work, self.threads
+        rows, work, workers = list(rows), self._work, self._most
         if not self._all_workers:
             alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * len(rows) / cpus.FLOP_PER_US)
             workers = cpus.workers_for(workers, alone_us, 5 * self.config.L + 3)

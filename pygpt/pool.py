@@ -21,8 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ._signals import see_through
-from .cpus import check_threads, runnable
-from .errors import ClosedError, Closing, PyGPTError
+from .cpus import MAX_THREADS, check_threads, runnable
+from .errors import ClosedError, Closing, PyGPTError, check_whole
 
 TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt at each attempt
 OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
@@ -72,7 +72,8 @@ class ThreadPool(Closing):
         meanwhile (Ctrl-C), run() raises that exception, in preference to others, also after all workers have stopped. If the
         handler interrupts the caller's own share, which may or may not have begun, abort() may do that share instead.
 
-        Raises ClosedError after close(), and PyGPTError inside a job of this pool."""
+        Raises InputError for bad workers, ClosedError after close(), and PyGPTError inside a job of this pool."""
+        enough = self.nth if workers is None else min(check_whole("workers", workers, 1, MAX_THREADS), self.nth)
         self._refuse_own_workers()
         with self._turn:
             if self._busy:  # inside a job, before() or after(), or in a signal handler that interrupts them
@@ -81,7 +82,7 @@ class ThreadPool(Closing):
             try:
                 if self._closed:
                     raise ClosedError("the model or its thread pool is closed: make a new one")
-                threads, enough = self._ready(), min(workers or self.nth, self.nth)
+                threads = self._ready()
                 if before is not None:
                     before()
                 while True:
@@ -145,7 +146,7 @@ class _Workers:
     def __init__(self, nth: int) -> None:
         self.nth = nth
         self.lock = threading.RLock()  # guards the fields below; re-entrant: stop() may run in the garbage collector
-        self.few = min(nth, max(2, runnable()))  # workers of a narrow round; a wide one has all
+        self.few = nth if nth < 3 else min(nth, max(2, runnable()))  # workers of a narrow round; a wide one has all
         self.wakes = [threading.Condition(self.lock) for _ in range(2)]  # a new round or the end; a new wide round or the end
         self.rounds = [0, 0]  # the last round, and the last wide one
         self.stopping = False

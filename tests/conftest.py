@@ -48,5 +48,6 @@ def _every_worker_works() -> Iterator[None]:
     """The shapes of tests are tiny, and a step that small would run on one worker. Here every step uses all workers."""
     patch = pytest.MonkeyPatch()
     patch.setattr(cpus, "workers_for", lambda threads, *_: threads)
+    patch.setattr(cpus, "runnable", lambda: cpus.MAX_THREADS)
     yield
     patch.undo()

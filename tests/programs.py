@@ -53,6 +53,7 @@ import numpy as np
 import pygpt.cpus
 from pygpt import *
 pygpt.cpus.workers_for = lambda threads, *_: threads
+pygpt.cpus.runnable = lambda: 256
 """
 
 

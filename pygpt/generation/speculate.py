@@ -121,7 +121,7 @@ class Draft:
             wanted = [(completion, memory, min(count, maxT - len(memory.tokens))) for completion, memory, count in wanted]
         if (rounds := max(count for *_, count in wanted)) < 1:
             return found
-        memories = [memory if self.shared or count < 1 else self._own(memory) for _, memory, count in wanted]
+        memories = [memory if self.shared or count < 1 else self._own(memory, over) for _, memory, count in wanted]
         began, number = time.perf_counter(), 0
         try:
             while number < rounds:
@@ -135,19 +135,22 @@ class Draft:
                 number += 1
         finally:
             for memory in memories:
+                memory.positions = max(memory.positions, memory.cache.length)
                 memory.cache.truncate(len(memory.tokens))
         if number:
             self.seconds = mean(self.seconds, (time.perf_counter() - began) / number)
         return found
 
-    def _own(self, memory: Memory) -> Memory:
-        """Return the draft's own memory of a sequence, with all tokens of the target's memory in it."""
+    def _own(self, memory: Memory, over: Callable[[], bool]) -> Memory:
+        """Return the draft's own memory of a sequence, with all tokens of the target's memory in it, unless over() is True."""
         if memory.draft is None:
             memory.draft = Memory(self.network.new_cache(min(memory.cache.capacity, self.network.config.maxT)))
         own, tokens = memory.draft, memory.tokens
         shared = own.shared([*tokens, -1])
         own.keep(shared)
         for start in range(shared, len(tokens), self.network.chunk):
+            if over():
+                break
             chunk = tokens[start : start + self.network.chunk]
             self.network.step([(token, own.cache, False) for token in chunk])
             own.note(chunk)

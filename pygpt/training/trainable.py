@@ -4,7 +4,6 @@ The forward pass of a batch is the network's step over B sequences x T rows, and
 updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import SupportsIndex
@@ -35,6 +34,7 @@ class TrainableGPT2(Parameters):
         self._all_workers = all_workers
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         self.threads = count = self._pool.nth
+        self._most = count if all_workers else min(count, cpus.runnable())  # workers of a step
         super().__init__(config, threads=count, all_workers=all_workers)
         self._weights = Weights(config, self.weights().stored())
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
@@ -42,8 +42,7 @@ class TrainableGPT2(Parameters):
 
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
-        most = count if self._all_workers else cpus.workers_for(count, math.inf)
-        return TrainStep(self._weights, count, cpus.spins_for(most), self.config, *flat, keep=keep)
+        return TrainStep(self._weights, count, cpus.spins_for(self._most), self.config, *flat, keep=keep)
 
     @property
     def updates(self) -> int:
@@ -101,7 +100,7 @@ class TrainableGPT2(Parameters):
         return found
 
     def add_to(self, out: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> None:
-        """out += other, two flat arrays of equal size, on all workers."""
+        """out += other, two flat arrays of equal size, on several workers."""
 
         def add(ith: int, nth: int) -> None:
             mine = slice(out.size * ith // nth, out.size * (ith + 1) // nth)
@@ -117,11 +116,11 @@ class TrainableGPT2(Parameters):
 
     def _workers(self, rows: int) -> int:
         alone_us = self._values * (4 / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
-        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 7 * self.config.L + 3)
+        return self._most if self._all_workers else cpus.workers_for(self._most, alone_us, 7 * self.config.L + 3)
 
     def _workers_for_arrays(self, count: int) -> int:
         alone_us = count * self.parameters.nbytes / cpus.READ_BYTES_PER_US
-        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us)
+        return self._most if self._all_workers else cpus.workers_for(self._most, alone_us)
 
     def record(self, trace: Trace | None) -> None:
         """Record the workers' phases in `trace`, as GPT2.record() does; None stops the recording."""

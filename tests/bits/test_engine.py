@@ -179,7 +179,8 @@ def test_a_cancelled_job_guesses_no_more(
     plain = list(model.generate([7, 8], max_new_tokens=14, seed=1))
     draft, checks, guessed = drafts[name], list[int](), 0
     assert draft is not None
-    engine = Engine(model.network, draft=lambda make: draft)
+    prefix = model.new_prefix_cache()
+    engine = Engine(model.network, prefix=prefix, draft=lambda make: draft)
     options: dict[str, Any] = {"max_new_tokens": 14, "seed": 1, "speculation": 9}
     cancelled = engine.add(Request(model.config, [1, 2], **options))
     jobs = [engine.add(Request(model.config, [7, 8], **options)) for _ in range(others)]
@@ -204,9 +205,34 @@ def test_a_cancelled_job_guesses_no_more(
     assert engine.busy == bool(others)
     assert cancelled.completions[0].finish_reason == "cancelled"
     assert len(cancelled.completions[0].tokens) == 1
+    [memory] = [memory for memory in prefix._idle if memory.tokens == [1, 2]]
+    assert (memory.cache.length, memory.positions) == (2, 5 if name == "itself" else 2)  # guesses take memory, too
     assert len(before) >= others
     list(engine.run())
     assert [job.completions[0].tokens for job in jobs] == [plain] * others
+
+
+def test_a_cancelled_job_does_not_fill_the_drafts_cache(
+    model: GPT2, drafts: dict[str, Draft | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt has five chunks, and the draft computes one of them."""
+    draft, steps = drafts["larger"], list[int]()
+    assert draft is not None
+    engine = Engine(model.network, draft=lambda make: draft)
+    job = engine.add(Request(model.config, list(range(20)), max_new_tokens=4, sampler="greedy", speculation=2))
+    engine.step()
+    step = draft.network.step
+
+    def cancelling(rows: list[Any]) -> Any:
+        steps.append(len(rows))
+        engine.cancel(job)
+        return step(rows)
+
+    monkeypatch.setattr(draft.network, "chunk", 4)
+    monkeypatch.setattr(draft.network, "step", cancelling)
+    engine.step()
+    assert steps == [4]
+    assert not engine.busy
 
 
 def test_speculation_stops_where_it_does_not_pay() -> None:

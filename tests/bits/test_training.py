@@ -123,6 +123,7 @@ sys.path[:0] = sys.argv[1:]
 import hashlib
 import pygpt.cpus
 pygpt.cpus.workers_for = lambda threads, *_: threads
+pygpt.cpus.runnable = lambda: 256
 from test_training import SHAPE, run
 
 losses, arrays, norms = run(SHAPE, 2, steps=20, B=3, T=31)

@@ -6,6 +6,7 @@ the machine's speed.
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -421,6 +422,21 @@ def test_a_step_that_is_too_small_is_one_workers(small: str, monkeypatch: pytest
         model.record(trace)
         model.decode(model.new_cache(), 1)
     assert [bool(trace.events(ith)) for ith in range(2)] == [True, all_workers]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_serial_time_is_that_of_the_workers_in_use() -> None:
+    """With three workers on two processors, two compute: their common time is not serial."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("needs two processors")
+    os.sched_setaffinity(0, sorted(allowed)[:2])
+    try:
+        report = report_of("-t", "3", "--prompt-length", "120", "-n", "1", "-r", "1", "--skip", "all")
+    finally:
+        os.sched_setaffinity(0, allowed)
+    summary = report["modes"]["prefill"]
+    assert (summary["workers_used"], summary["amdahl"]["workers"]) == (2, 2)
 
 
 def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:

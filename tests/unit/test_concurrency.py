@@ -395,6 +395,7 @@ def test_after_a_fork_everything_works_on_both_sides(path: str) -> None:
         import pygpt.model
         from pygpt import GPT2, TrainableGPT2
         pygpt.cpus.workers_for = lambda threads, *_: threads
+        pygpt.cpus.runnable = lambda: 256
         model = GPT2.load(sys.argv[1], threads=3, mmap=False)
         training = TrainableGPT2.load(sys.argv[1], threads=2)
         ids = np.arange(64).reshape(2, 32) % 211

@@ -6,7 +6,6 @@ Threads wait for each other at events. If a test provokes a race, it checks ever
 """
 
 import gc
-import math
 import os
 import signal
 import subprocess
@@ -27,13 +26,14 @@ from make_checkpoint import make
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, cpus, default_threads
 from pygpt import pool as pool_module
+from pygpt._kernels import Trace
 from pygpt._signals import see_through
 from pygpt.cpus import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
 TOKENS = [(17 * i + 3) % 211 for i in range(64)]
-BEST = cpus.workers_for  # as it is outside of tests
+BEST, RUNNABLE = cpus.workers_for, cpus.runnable  # as they are outside of tests
 DEADLINE = 60  # seconds for work of one or two seconds: only a hang reaches it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +94,7 @@ import numpy as np
 import pygpt.model
 from pygpt import GPT2, ClosedError, PyGPTError, ThreadPool
 pygpt.cpus.workers_for = lambda threads, *_: threads
+pygpt.cpus.runnable = lambda: 256
 PATH = sys.argv[1]
 TOKENS = [(17 * i + 3) % 211 for i in range(64)]
 with GPT2.load(PATH, threads=1) as model:
@@ -179,6 +180,18 @@ def test_a_narrow_round_leaves_the_other_workers_asleep(monkeypatch: pytest.Monk
 def test_bad_count(nth: Any) -> None:
     with pytest.raises(InputError, match=f"threads is {nth!r}"):
         ThreadPool(nth)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, 2.0, "2", MAX_THREADS + 1])
+@pytest.mark.parametrize("nth", [1, 4])
+def test_bad_workers(nth: int, workers: Any) -> None:
+    ran: list[int] = []
+    with ThreadPool(nth) as pool:
+        with pytest.raises(InputError, match=f"workers is {workers!r}"):
+            pool.run(lambda ith, nth: ran.append(ith), workers=workers)
+        assert not ran
+        pool.run(lambda ith, nth: ran.append(ith), workers=MAX_THREADS)
+    assert sorted(ran) == list(range(nth))
 
 
 def test_a_finished_job_is_forgotten() -> None:
@@ -1140,6 +1153,7 @@ atexit.register(last_words)
 sys.path.insert(0, {str(ROOT)!r})
 import pygpt.cpus
 pygpt.cpus.workers_for = lambda threads, *_: threads
+pygpt.cpus.runnable = lambda: 256
 from pygpt import GPT2
 model = GPT2.load(sys.argv[1], threads=3)
 before = list(model.generate([1, 2], total=5))
@@ -1254,21 +1268,30 @@ def test_default_on_this_machine() -> None:
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize(("quotas", "threads"), [([], 3), ([0.5], 1), ([1.5], 2), ([2.0, 0.1], 1), ([8.0], 3)])
+@pytest.mark.parametrize(("quotas", "threads"), [([], 3), ([0.5], 1), ([1.5], 2), ([2.0, 0.1], 1), ([8.0], 3), ([0], 1)])
 def test_threads_that_can_run_at_once(monkeypatch: pytest.MonkeyPatch, quotas: list[float], threads: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 9}, raising=False)
     monkeypatch.setattr(cpus, "_cpu_quotas", lambda root: quotas)
-    assert cpus.runnable.__wrapped__() == threads
+    assert RUNNABLE() == threads
 
 
-def test_a_step_has_no_more_workers_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one worker where the others would save less time than they cost."""
+@pytest.mark.parametrize(("all_workers", "used"), [(False, [0, 1, 2]), (True, [0, 1, 2, 3, 4])])
+def test_a_step_has_no_more_workers_than_processors(
+    path: Path, expected: npt.NDArray[np.float32], monkeypatch: pytest.MonkeyPatch, all_workers: bool, used: list[int]
+) -> None:
     monkeypatch.setattr(cpus, "runnable", lambda: 3)
-    assert [BEST(threads, math.inf) for threads in (1, 2, 3, 4, 256)] == [1, 2, 3, 3, 3]
+    monkeypatch.setattr(pool_module, "runnable", lambda: 3)
+    with GPT2.load(path, threads=5, all_workers=all_workers) as model:
+        model.record(trace := Trace(5, 1000))
+        assert np.array_equal(model.logits(TOKENS), expected)
+    assert [ith for ith in range(5) if trace.events(ith)] == used
+
+
+def test_small_work_takes_one_worker() -> None:
+    """Where the others would save less time than they cost."""
     cost = cpus.ROUND_US + 10 * cpus.BARRIER_US
-    assert [BEST(16, alone_us, 10) for alone_us in (cost, 1.4 * cost, 1.6 * cost)] == [1, 1, 3]  # two thirds are saved
-    monkeypatch.setattr(cpus, "runnable", lambda: 1)
-    assert BEST(16, math.inf) == 1
+    assert [BEST(3, alone_us, 10) for alone_us in (cost, 1.4 * cost, 1.6 * cost)] == [1, 1, 3]  # two thirds are saved
+    assert BEST(1, 1e9) == 1
 
 
 @pytest.mark.parametrize("text", ["1", "2", "007", str(MAX_THREADS)])

@@ -146,7 +146,7 @@ def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row
     parallel part by n. In "bandwidth", the parallel part takes at least `floor` ns, its bytes' time at the read ceiling."""
     alone = serial + nth * parallel
     shares = {"serial_share": serial / (serial + parallel), "serial_fraction": serial / alone}
-    found: Row = {"serial_ns": serial, **shares, "one_thread_ns": alone, "predictions": []}
+    found: Row = {"workers": nth, "serial_ns": serial, **shares, "one_thread_ns": alone, "predictions": []}
     for n in PREDICTED:
         part = (alone - serial) / n
         bandwidth = None if floor is None else alone / (serial + max(part, floor))
@@ -175,14 +175,15 @@ def mode_report(
     steps = [step for call in calls for step in call.steps]
     used = max((sum(bool(events) for events in step) for step in steps), default=nth)
     rows = hotspots(config, stored, calls, nth, next((c for c in ceilings if c["threads"] == used), None))
-    together = sum(computing(step)[nth] for step in steps)
+    active = used if used > 1 else nth
+    together = sum(computing(step)[active] for step in steps)
     medians = [median(call.done - call.begin for call in found) if found else None for found in (calls, untraced)]
     summary = {
         "wall_ns": wall, "calls": len(calls), "tokens": sum(call.rows for call in calls), "steps": len(steps),
         "workers_used": used, "median_call_ns": medians[0], "untraced_median_call_ns": medians[1],
         **{name: sum(row[name] for row in rows) for name in ("wait_ns", "flop", "bytes")},
         "imbalance": _imbalance(rows, nth), "layers": layers(calls, nth), "stages": stages(calls, untraced),
-        "amdahl": amdahl(wall - together, together, nth, bandwidth_floor(rows, ceilings)),
+        "amdahl": amdahl(wall - together, together, active, bandwidth_floor(rows, ceilings)),
     }  # fmt: skip
     return summary, rows
 

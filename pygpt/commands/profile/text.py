@@ -206,8 +206,8 @@ def amdahl_text(report: Report) -> str:
     """Return the serial fraction, its predictions, and the measured speed-ups."""
     lines = ["SPEED-UP over one thread of the same kernels"]
     modes = {mode: summary for mode, summary in report["modes"].items() if summary["steps"]}
-    workers = plural(report["machine"]["threads"], "worker")
     for mode, summary in modes.items():
+        workers = plural(summary["amdahl"]["workers"], "worker")
         serial, alone = (percent(summary["amdahl"][name]) for name in ("serial_share", "serial_fraction"))
         lines.append(f"{mode}: fewer than {workers} compute in {serial} of the time, which is {alone} of one thread's time")
     measured = {row["threads"]: row for row in report["scaling"]}
@@ -241,7 +241,7 @@ def strategies_text(report: Report) -> str:
     if training:
         results = "all end at the same loss" if found["same_losses"] else "the final losses are NOT the same"
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
-        results += "; small steps ran on one worker (--all-workers changes this)"
+        results += "; some steps ran on fewer workers (--all-workers changes this)"
     lines = [f"STRATEGIES  {job}; medians, untraced", *table(group, heads, *rows)]
     return "\n".join([*lines, wrap(f"Bits: {bits}; {results}."), wrap(STRATEGY_NOTES, "  ")])
 
