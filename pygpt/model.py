@@ -59,7 +59,7 @@ class GPT2(Generator):
     ) -> "GPT2":
         """Open a model file or folder: `path`, else the one that find_model() finds. Unless mmap is False, it is mapped.
 
-        threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
+        threads: the number of workers, 1 to 256; else PYGPT_THREADS, else one for each usable core.
         weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. tokenizer: a file with the
         vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
         ids beyond the tokenizer's, so that they are never chosen.

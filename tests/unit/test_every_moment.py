@@ -50,7 +50,7 @@ def test_a_step_that_raises_keeps_all_caches(model: GPT2, count: int) -> None:
         cache.truncate(1)
         assert np.array_equal(model.prefill(cache, WANTED[1:]), wanted)
         cache.truncate(1)
-    assert seen > 20
+    assert seen > 10
 
 
 class Other(Exception):
