@@ -165,8 +165,8 @@ def test_signals_at_random_moments(budget: Budget, folder: Path) -> None:
             outcome = finish(process)
             assert "HANGS" not in outcome.err, (detail, outcome)
             begins = '/__main__.py", line 4,'  # `import signal`: before that, Ctrl-C is Python's
-            ours, first = (outcome.err.count(f"{ROOT}/pygpt{place}") for place in ("", begins))
-            starting = "KeyboardInterrupt" in outcome.err and ours == first  # Python itself was
+            ours, early = (outcome.err.count(f"{ROOT}/pygpt{place}") for place in ("", begins))
+            starting = "KeyboardInterrupt" in outcome.err and ours == early  # Python itself was
             assert starting or "Traceback" not in outcome.err, (detail, outcome)
             assert wait_until(lambda mark=mark: not marked(mark)), (detail, marked(mark))  # type: ignore[misc]
             for path in folder.glob("run.*"):
