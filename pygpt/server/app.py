@@ -449,9 +449,10 @@ def run(server: Server, listening: socket.socket, *, grace_s: float, started: Ca
 
     def stop(number: int) -> None:
         serving.force_exit = server.draining
+        for connection in [*serving.server_state.connections] if server.draining else ():
+            connection.transport.abort()  # since Python 3.12, the end waits for connections
         server.draining = serving.should_exit = True
-        if number == signal.SIGINT:
-            status[0] = 130
+        status[0] = 130 if number == signal.SIGINT else status[0]
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

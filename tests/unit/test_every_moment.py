@@ -3,6 +3,7 @@ undone."""
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,8 @@ def strike(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
         raise Other
 
     number = STRIKES[request.param]
+    if request.param == "after" and sys.version_info >= (3, 12) and "filelock" in sys.modules:
+        pytest.skip("handlers run in filelock's audit hook, and Python drops what the first one raises there")
     if number is None:
         yield raise_ctrl_c
         return
