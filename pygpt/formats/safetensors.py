@@ -67,7 +67,7 @@ class SafetensorsFile(MappedFile):
         for begin, stop, name in ranges:
             if begin != end:
                 flaw = "a hole" if begin > end else "an overlap"
-                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {flaw}")
+                raise self._bad(f"tensor {name[:80]!r} begins at {begin}, expected {end}: there is {flaw}")
             end = stop
         if start + end != self.size:
             kind = "truncated" if self.size < start + end else "too long"
@@ -78,17 +78,17 @@ class SafetensorsFile(MappedFile):
 
     def _range(self, name: str, entry: "Any") -> tuple[int, int, str]:
         if not isinstance(entry, dict) or set(entry) != MEMBERS:
-            raise self._bad(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
+            raise self._bad(f"tensor {name[:80]!r} must have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            raise self._bad(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+            raise self._bad(f"tensor {name[:80]!r} has the unknown dtype {str(dtype)[:40]!r}")
         if not isinstance(shape, list) or len(shape) > 8 or not all(is_whole(extent, 0, 1 << 48) for extent in shape):
-            raise self._bad(f"tensor {name!r} has a shape that is not a short list of whole numbers")
+            raise self._bad(f"tensor {name[:80]!r} has a shape that is not a short list of whole numbers")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at, 0, 1 << 62) for at in offsets):
-            raise self._bad(f"tensor {name!r} has data_offsets that are not two whole numbers")
+            raise self._bad(f"tensor {name[:80]!r} has data_offsets that are not two whole numbers")
         size = DTYPE_BYTES[dtype] * prod(shape)
         if offsets[1] - offsets[0] != size:
-            raise self._bad(f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes, expected {size} for {dtype} {shape}")
+            raise self._bad(f"tensor {name[:80]!r} takes {offsets[1] - offsets[0]} bytes, expected {size} for {dtype} {shape}")
         return offsets[0], offsets[1], name
 
     def bytes_of(self, name: str) -> memoryview:
@@ -104,7 +104,7 @@ class SafetensorsFile(MappedFile):
 
         dtype, shape, _ = self.tensors[name]
         if dtype not in FORMATS:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
+            raise CheckpointError(f"{self.path}: tensor {name[:80]!r} is of dtype {dtype}, expected F32, F16 or BF16")
         array: npt.NDArray[Any] = np.frombuffer(self.bytes_of(name), FORMATS[dtype].dtype).reshape(shape)
         return array[rows] if shape else array
 
