@@ -102,7 +102,7 @@ def members(found: type) -> Iterator[tuple[str, Any]]:
 
 def is_field(value: object) -> bool:
     """Return whether a member is data that the docstring of the class describes: a field or a slot."""
-    return type(value).__name__ in ("_tuplegetter", "member_descriptor") or value is None or isinstance(value, int | float | str | dict)
+    return type(value).__name__ in ("_tuplegetter", "member_descriptor") or isinstance(value, int | float | str | dict | None)
 
 
 def member(name: str, value: Any) -> str:
