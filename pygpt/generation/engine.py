@@ -465,7 +465,7 @@ class _Clock:
     def note(self, rows: int, seconds: float) -> None:
         """Note the time of a step with decoding sequences and so many prompt rows."""
         change = min(max(self._target_s / seconds, 0.5), 1.5)
-        if change < 1 or rows >= self.rows(rows):
+        if change < 1 or rows >= int(self._rows):  # a step with fewer rows says nothing about so many
             self._rows = max(self._rows * change, FEWEST_ROWS)
 
     def rows(self, most: int) -> int:

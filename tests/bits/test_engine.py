@@ -627,6 +627,20 @@ def test_the_clock_keeps_steps_near_their_target() -> None:
     assert 0.055 < run(20, 0.030, 0.0004)[-1] < 0.065
 
 
+def test_quick_steps_do_not_make_the_clock_forget_its_target() -> None:
+    """With many short prompts, and with a small model, all steps are quick. The next slow one still counts."""
+    clock = _Clock(60)
+    for _ in range(3000):
+        clock.note(3, 0.001)
+    assert clock.rows(512) == FEWEST_ROWS
+    for _ in range(3000):
+        clock.note(clock.rows(512), 0.001)
+    assert clock.rows(512) == 512
+    for _ in range(2):
+        clock.note(512, 0.5)
+    assert clock.rows(512) < 256
+
+
 @pytest.mark.parametrize("limits", [{"max_live": 0}, {"max_live": True}, {"cache_bytes": 0}, {"cache_bytes": 1.5}], ids=str)
 def test_bad_limits(model: GPT2, limits: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(limits))):
