@@ -51,7 +51,7 @@ def test_a_step_that_raises_keeps_all_caches(model: GPT2, count: int) -> None:
         cache.truncate(1)
         assert np.array_equal(model.prefill(cache, WANTED[1:]), wanted)
         cache.truncate(1)
-    assert seen > 10
+    assert seen > (20 if sys.version_info < (3, 13) else 10)  # newer Pythons look for signals at fewer places
 
 
 class Other(Exception):
