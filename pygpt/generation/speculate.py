@@ -135,7 +135,7 @@ class Draft:
                 number += 1
         finally:
             for memory in memories:
-                memory.positions = max(memory.positions, memory.cache.length)
+                memory.note([])  # the rows of guesses take memory, too
                 memory.cache.truncate(len(memory.tokens))
         if number:
             self.seconds = mean(self.seconds, (time.perf_counter() - began) / number)

@@ -32,17 +32,17 @@ class MPIRanks(Ranks):
     """The ranks of MPI_COMM_WORLD. If this process ends without close(), or by an exception, it ends all ranks."""
 
     def __init__(self, timeout: float = TIMEOUT_S) -> None:
-        _begin(timeout)
-        if MPI.COMM_WORLD.size == 1:  # open_ranks() saw a launcher of several
+        self._open, self.agreed, self.version = True, False, mpi4py.__version__
+        atexit.register(self._abort)
+        self._arrays, self._objects = _begin(timeout)
+        self.size, self.rank = self._arrays.size, self._arrays.rank
+        if self.size == 1:  # open_ranks() saw a launcher of several
+            self._open = False
             way = "use its launcher, or set MPI4PY_LIBMPI to the file libmpi.so of the launcher's MPI"
             raise InputError(f"several ranks were started, but {MPI.get_vendor()[0]} finds only this one: {way}")
-        self._arrays, self._objects = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
-        self.size, self.rank = self._arrays.size, self._arrays.rank
         self.timeout, self.seconds = timeout, 0.0
         self._hosts = [f"rank {self.rank} on {MPI.Get_processor_name()}"] * self.size  # until gather() collects all names
-        self._open, self.agreed, self.version = True, False, mpi4py.__version__
         self._waiting: tuple[float, list[int]] | None = None  # since when, and for which ranks
-        atexit.register(self._abort)
         threading.Thread(target=self._watch, daemon=True).start()
         self._hosts = self.gather(self._hosts[0])
 
@@ -103,8 +103,7 @@ class MPIRanks(Ranks):
     def _stuck(self, missing: list[int]) -> None:
         """Name the ranks that do not answer, and end the process; the launcher then ends the others."""
         names = ", ".join(self.name(rank) for rank in sorted(set(missing))[:8])
-        text = f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: stuck or lost; to "
-        text += "continue from the last saved state, start the ranks again with --resume\n"
+        text = f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: restart with --resume\n"
         with suppress(OSError):
             os.write(2, text.encode())
         os._exit(STUCK)
@@ -119,7 +118,8 @@ class MPIRanks(Ranks):
 
     def _abort(self) -> None:
         """End all ranks, unless this one has left its `with` block in order. Python calls this at the end of the process."""
-        if self._open and not MPI.Is_finalized():
+        if self._open and MPI.Is_initialized() and not MPI.Is_finalized():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C now ends this process, and the launcher then ends the others
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
                     stream.flush()
@@ -127,12 +127,10 @@ class MPIRanks(Ranks):
             MPI.COMM_WORLD.Abort(1)
 
 
-def _begin(timeout: float) -> None:
-    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process. MPI holds Python's
-    global lock while it waits, so a thread could not look at the clock. A child process does. Nor could Python handle Ctrl-C:
-    its default ends this process, and the launcher then ends the others."""
-    if MPI.Is_initialized():
-        return
+def _begin(timeout: float) -> tuple[MPI.Intracomm, MPI.Intracomm]:
+    """Initialize MPI, and return two communicators of all ranks. If others do not do so in time, as after a failed import, end
+    this process. MPI may hold Python's global lock while it waits, so a child process looks at the clock. Nor could Python
+    handle Ctrl-C: its default ends this process, and the launcher then ends the others."""
     handler = signal.getsignal(signal.SIGINT)
     main = threading.current_thread() is threading.main_thread() and handler not in (signal.SIG_IGN, None)
     if main:
@@ -146,7 +144,9 @@ def _begin(timeout: float) -> None:
         os._exit(0)
     os.close(left)
     try:
-        MPI.Init_thread()
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
+        return MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
     finally:
         os.close(done)
         os.waitpid(child, 0)

@@ -46,6 +46,20 @@ Trainer.step = faulty
 from pygpt.__main__ import main
 sys.exit(main(sys.argv[3:]))
 """
+# Ctrl-C on one rank, as soon as MPI has started and Python handles signals again; the other ranks may still wait in MPI.
+EARLY = """
+import os, signal, sys
+handle = signal.signal
+def interrupted(number, handler):
+    before = handle(number, handler)
+    if before is signal.SIG_DFL and MPI.Is_initialized() and MPI.COMM_WORLD.rank == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGINT)
+    return before
+from pygpt.training.mpi import MPI
+signal.signal = interrupted
+from pygpt.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.fixture
@@ -102,6 +116,13 @@ def test_a_signal_stops_all_ranks_after_one_step_and_any_number_continues(folder
     assert "stopped by SIGTERM after 4 steps; saved" in found.err
     found = ranks(2, command("train", "--resume", "run.state", "-t", 1))
     assert (found.status, Path("run.state").read_bytes() == expected["run.state"]) == (0, True), found
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_right_after_the_start_of_mpi_ends_all_ranks(folder: Path, rank: int) -> None:
+    found = ranks(3, [PYTHON, "-c", EARLY, rank, *train("--force")[3:]])
+    assert found.status not in (0, -signal.SIGKILL), found
+    assert "HANGS" not in found.err, found
 
 
 @pytest.mark.slow
