@@ -3,8 +3,7 @@
 The flags are the same on every machine. They leave out -march=native, because each instruction set is compiled from
 micro_body.h and chosen at import. They leave out -ffast-math and contraction, because the bits would then depend on the build.
 The source writes out every fused operation. -fno-wrapv undoes a flag of Python's own build that slows the loops by up to 3%.
--g0 compiles a quarter faster to the same code, and keeps symbols for profilers.
-"""
+-g0 compiles a quarter faster to the same code, and keeps symbols for profilers."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -2,8 +2,7 @@
 
     python examples/batch.py "Ladies and" "My lord," "Enter"
 
-Each completion has the same tokens that it would have alone. The last lines check that.
-"""
+Each completion has the same tokens that it would have alone. The last lines check that."""
 
 import sys
 

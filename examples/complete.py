@@ -3,8 +3,7 @@
     python examples/complete.py "Ladies and"
     python examples/complete.py "Ladies and" gpt2
 
-The same seed gives the same text. Leave the seed out to get another text each time.
-"""
+The same seed gives the same text. Leave the seed out to get another text each time."""
 
 import sys
 

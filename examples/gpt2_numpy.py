@@ -2,8 +2,7 @@
 
     python examples/gpt2_numpy.py 31373 612
 
-T tokens, C channels, OC output channels, NH heads, HS = C / NH, F = 4C in GPT-2, L layers, V ids. Weights are (out, in).
-"""
+T tokens, C channels, OC output channels, NH heads, HS = C / NH, F = 4C in GPT-2, L layers, V ids. Weights are (out, in)."""
 
 import math
 import sys

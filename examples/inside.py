@@ -1,8 +1,7 @@
 """Look inside a model: what each layer would predict (the logit lens), and which heads the prediction needs (ablation).
 
 python examples/inside.py "My lord, the king is dead, and"
-python examples/inside.py "My lord, the king is dead, and" gpt2
-"""
+python examples/inside.py "My lord, the king is dead, and" gpt2"""
 
 import sys
 

@@ -2,8 +2,7 @@
 
     python examples/step_by_hand.py
 
-`step(rows)` takes rows (token, cache, want_logits). A row is one token of one sequence; the cache says which sequence.
-"""
+`step(rows)` takes rows (token, cache, want_logits). A row is one token of one sequence; the cache says which sequence."""
 
 import numpy as np
 

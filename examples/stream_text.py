@@ -2,8 +2,7 @@
 
     python examples/stream_text.py "Ladies and"
 
-A token may end in the middle of a character. StreamDecoder keeps such bytes until the character is complete.
-"""
+A token may end in the middle of a character. StreamDecoder keeps such bytes until the character is complete."""
 
 import sys
 

@@ -3,8 +3,7 @@
     python examples/train_tiny.py              150 steps
     python examples/train_tiny.py 5 tiny.bin   five steps, and the model is saved as tiny.bin
 
-The loss begins at ln(50257) = 10.8, the loss of a random guess. After 150 steps the model knows the text by heart.
-"""
+The loss begins at ln(50257) = 10.8, the loss of a random guess. After 150 steps the model knows the text by heart."""
 
 import sys
 

@@ -7,8 +7,7 @@
             print(token)
 
 Only the names below are public; README has the rules for their changes. docs/explanation/architecture.md shows the rooms.
-Python imports a name when it is first used, so the command starts without NumPy.
-"""
+Python imports a name when it is first used, so the command starts without NumPy."""
 
 __version__ = "0.2.0"
 

@@ -13,8 +13,7 @@ bits do not depend on the number of workers. An input's gradient is a sum over o
 use fused multiply-add. Sums within a row (layernorm, softmax) use 16 lanes. wte's gradient adds the head's part first, then the
 encoder's part row by row.
 
-Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update.
-"""
+Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update."""
 
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset

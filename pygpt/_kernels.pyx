@@ -12,8 +12,7 @@ Work is split over outputs, never inside a sum, so the bits do not depend on the
 barriers are empty, and the program is serial. All checks run before `nogil` begins. So a worker cannot stop inside a step
 and leave the others waiting.
 
-Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of operations and the names.
-"""
+Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of operations and the names."""
 
 import os
 
@@ -36,8 +35,7 @@ cdef extern from *:
     #else
         (void)memory, (void)size;
     #endif
-    }
-    """
+    }"""
     enum:
         huge_page             # bytes, on systems with huge pages
     void ask_huge_pages(void* memory, size_t size) noexcept nogil

@@ -11,8 +11,7 @@ There are B sequences of T tokens, N = B * T rows. The numbers equal llm.c's, an
 gradients, overwrite the logits. Activations that no backward kernel reads, and gradients of activations, are kept for one
 layer only. Ctrl-C takes effect between layers.
 
-Source: llm.c, train_gpt2.c, its functions without OpenMP.
-"""
+Source: llm.c, train_gpt2.c, its functions without OpenMP."""
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport INFINITY, NAN, coshf, erff, expf, fabsf, fmaf, logf, rintf, sqrt, sqrtf, tanhf
@@ -707,8 +706,7 @@ cdef class Reference:
 cdef class Training:
     """GPT-2's training as the serial program computes it, over the caller's flat arrays in a version 3 file's layout.
 
-    Inputs and targets are int32 arrays (B, T) of ids below V, and T is at most maxT. The caller checks these limits.
-    """
+    Inputs and targets are int32 arrays (B, T) of ids below V, and T is at most maxT. The caller checks these limits."""
 
     cdef readonly object config
     cdef float[::1] parameters

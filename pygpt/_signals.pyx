@@ -5,8 +5,7 @@ begin() and end() report a truncated file. If another process truncates a file i
 system ends this process with SIGBUS and without a message. A handler in Python would run too late, because the faulting
 instruction can never complete. Only commands may call begin(): a library must not take a signal from its program.
 
-see_through() completes a piece of work for the pool, even if signal handlers raise exceptions during it.
-"""
+see_through() completes a piece of work for the pool, even if signal handlers raise exceptions during it."""
 
 from libc.string cimport memcpy
 
@@ -55,8 +54,7 @@ cdef extern from * nogil:
 
     static int bus_end(void) {
         return sigaction(SIGBUS, &bus_before, NULL);
-    }
-    """
+    }"""
     char[512] bus_line
     size_t bus_size
     int bus_begin()
@@ -94,8 +92,7 @@ def see_through(proceed, Py_ssize_t tries=0) -> None:
     exception at any place.
 
     Python runs signal handlers between its instructions, when a function begins and when a loop jumps back. A loop in Python
-    has such places outside its `try`, where the second of two pending signals could raise. This compiled loop has none.
-    """
+    has such places outside its `try`, where the second of two pending signals could raise. This compiled loop has none."""
     cdef Py_ssize_t tried = 0
     first = ending = None
     while tries == 0 or tried < tries:

@@ -1,8 +1,7 @@
 """Activations: what GPT2.activations() returns, and the edits that change them.
 
 A Watch lets a step stop after the phases whose results somebody asked for. While the workers rest, it changes or copies them.
-In every array, the positions are the last axis but one: (n, width), and (NH, n, keys) for probs.
-"""
+In every array, the positions are the last axis but one: (n, width), and (NH, n, keys) for probs."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -8,8 +8,7 @@ stream bytes per second of AdamW's memory traffic: four arrays read, three of th
        This is the upper limit for an update of the parameters.
 
 Each number is the median over rounds. The rounds of all measurements alternate, so a slow minute of a shared machine
-affects all of them. Measure the limits in the same run as the kernels.
-"""
+affects all of them. Measure the limits in the same run as the kernels."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -36,8 +35,7 @@ class Ceilings(Closing):
     dots: names of quantised weight formats, such as "q8_0", whose integer operations are measured, too.
 
     Each limit is NaN before measure(), and then the median over the rounds of all calls. Keep one object through a benchmark,
-    and call measure() between its parts. Needs `megabytes` of memory until close(), and twice as much with `stream`.
-    """
+    and call measure() between its parts. Needs `megabytes` of memory until close(), and twice as much with `stream`."""
 
     def __init__(
         self, threads: int | None = None, *, megabytes: int = 512, stream: bool = False, dots: Iterable[str] = ()

@@ -6,8 +6,7 @@
 
 An answer depends only on its row, the model, and the options and the seed of the job. Each row has its own seed, made from the
 job's seed and the row's id. So batch size, order, partition and cluster do not change an answer. Refuses to know about files
-and schedulers: they call a Complete.
-"""
+and schedulers: they call a Complete."""
 
 import hashlib
 import math

@@ -2,8 +2,7 @@
 
 Dimensions: L layers, NH heads, C channels, HS = C / NH head size, F channels inside the feed-forward, V vocabulary size,
 Vp = V rounded up to a multiple of 128, maxT longest sequence. Refuses to know about files and threads.
-Source of names and order: llm.c, train_gpt2.c. Source of the variations: transformers, models/gpt2/configuration_gpt2.py.
-"""
+Source of names and order: llm.c, train_gpt2.c. Source of the variations: transformers, models/gpt2/configuration_gpt2.py."""
 
 from collections.abc import Callable, Iterator
 from math import prod

@@ -2,8 +2,7 @@
 
 Each message names the value, the limit and the way out in one line. The commands exit with status 2 for InputError and
 CheckpointError, and with 1 for all others. docs/reference/errors.md lists the exceptions. whole() alone decides what is a whole
-number, and real() what is a number.
-"""
+number, and real() what is a number."""
 
 import math
 from collections.abc import Iterable, Mapping

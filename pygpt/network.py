@@ -4,8 +4,7 @@ A row is one token of one sequence. All rows of a prompt are prefill. One row is
 batched decode. One function computes all of these. The bits of a row's logits do not depend on other rows, on the division of
 a prompt into steps, or on the number of workers.
 
-Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
-"""
+Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view."""
 
 from collections.abc import Callable, Iterable
 

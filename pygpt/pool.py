@@ -9,8 +9,7 @@ workers once for each job and waits for them once (about 10 us). Inside a job, w
 without the GIL (about 1 us). A job with native barriers gives run() its `abort`, which releases the other workers if one worker
 fails. If there are more workers than processors, a job that needs only as many as can run at once leaves the others asleep.
 
-Refuses nested jobs, and more than MAX_THREADS workers. A thread count that is not a whole number is an error.
-"""
+Refuses nested jobs, and more than MAX_THREADS workers. A thread count that is not a whole number is an error."""
 
 import atexit
 import os

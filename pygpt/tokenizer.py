@@ -6,8 +6,7 @@ neighbours, its merges do not depend on them, so other pairs cannot occur. For o
 The first Tokenizer imports tiktoken; this module does not.
 
 Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`); Hugging Face's
-tokenizers, models/bpe, pre_tokenizers/byte_level.rs and added_vocabulary.rs.
-"""
+tokenizers, models/bpe, pre_tokenizers/byte_level.rs and added_vocabulary.rs."""
 
 import codecs
 import hashlib

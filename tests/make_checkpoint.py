@@ -9,8 +9,7 @@ error does not decide the sampled token.
     python make_checkpoint.py --out tiny.bin -L 2 --NH 4 -C 64 -V 211 --maxT 48 --seed 7
 
 Needs only NumPy. It imports nothing from pygpt, because it is a second opinion on the format.
-Source: llm.c, train_gpt2.py (write_model).
-"""
+Source: llm.c, train_gpt2.py (write_model)."""
 
 import argparse
 import os

@@ -1,8 +1,7 @@
 """Write Hugging Face GPT-2 models by hand, and the .bin files of the same weights: a second opinion on both formats.
 
 Needs only NumPy, and imports nothing from pygpt.
-Sources: the description of the safetensors format; transformers, modeling_gpt2.py (Conv1D).
-"""
+Sources: the description of the safetensors format; transformers, modeling_gpt2.py (Conv1D)."""
 
 import json
 import struct

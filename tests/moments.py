@@ -3,8 +3,7 @@
 Python looks for signals where a function begins, when a call of compiled code has returned, and where a loop jumps back.
 Chance finds a window of some instructions once in a thousand runs. This search finds each one, every time, without a signal
 and without a clock. Two signals may also arrive together: their handlers raise one at a time, the second where Python looks
-next.
-"""
+next."""
 
 import _thread
 import dis

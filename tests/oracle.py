@@ -2,8 +2,7 @@
 
 The network itself is examples/gpt2_numpy.py: one sequence, no cache, no blocks. It shares no code with the kernels that it
 judges. It uses only pygpt's reader of files, which has separate tests. This module reads weights in float64, names
-the activations and completes sequences.
-"""
+the activations and completes sequences."""
 
 import os
 import sys
@@ -62,8 +61,7 @@ def forward_activations(weights: Weights, config: Config, tokens: Sequence[int])
     """Run the network; return its activations by llm.c's names.
 
     encoded (T, C); ln1, atty, attproj, residual2, ln2, fcproj, residual3 (L, T, C); qkv (L, T, 3C); fch, fch_gelu (L, T, F);
-    lnf (T, C); logits (T, V).
-    """
+    lnf (T, C); logits (T, V)."""
     logits, (encoded, *layers) = gpt2_numpy.forward(weights, config, tokens)
     stacked = {name: np.stack([acts[name] for acts in layers]) for name in layers[0]}  # L of [T, ...] -> [L, T, ...]
     lnf = layernorm(stacked["residual3"][-1], weights["lnfw"], weights["lnfb"])  # [T, C] -> [T, C]
@@ -83,8 +81,7 @@ def median(logits: npt.NDArray[np.float32]) -> int:
     """Choose the token at which the running probability, in id order, first exceeds one half: the serial program's rule.
 
     All in float32, one after another in ascending id. NumPy's cumsum adds in that order (its sum does not); its float32 exp
-    differs between machines, so the exponential is computed in float64, and rounded.
-    """
+    differs between machines, so the exponential is computed in float64, and rounded."""
     if logits.dtype != np.float32:
         raise TypeError(f"logits are {logits.dtype}: the rule is defined on float32")
     shifted = logits - logits.max()  # [V] -> [V]

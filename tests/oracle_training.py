@@ -5,8 +5,7 @@ loss with respect to it. Each kernel is one short function, named as in llm.c, w
 sequences of a batch run one after another. This module shares no code with the kernels that it tests.
 
 Dimensions: B sequences, T tokens, C channels, OC output channels, NH heads, HS = C / NH, L layers, V vocabulary.
-Sources: llm.c train_gpt2.c (names, order), Loshchilov and Hutter 2019 (AdamW).
-"""
+Sources: llm.c train_gpt2.c (names, order), Loshchilov and Hutter 2019 (AdamW)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -189,8 +188,7 @@ def adamw(
 ) -> tuple[Array, Array, Array]:
     """Do one step with decoupled weight decay; return the new parameters, first and second moments.
 
-    weight_decay: one number, or one for each parameter.
-    """
+    weight_decay: one number, or one for each parameter."""
     first = beta1 * first + (1 - beta1) * gradients  # [P], [P] -> [P]
     second = beta2 * second + (1 - beta2) * gradients**2  # [P], [P] -> [P]
     unbiased = first / (1 - beta1**step)  # [P] -> [P]

@@ -1,8 +1,7 @@
 """Parsers of the file formats, apart from pygpt's and with struct and json alone. If a parser finds a file valid, pygpt must
 read the same values. It must refuse every other file. A parser returns None for a file that is not valid.
 
-Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors.
-"""
+Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors."""
 
 import hashlib
 import json

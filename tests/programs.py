@@ -1,8 +1,7 @@
 """Programs in processes of their own: how they are started and how they end, and every kind that writes files.
 
 A killed program cannot tidy up: it may leave files NAME.*.tmp and temporary folders beside its target. No other file may
-remain, and the target is complete, absent, or the older file.
-"""
+remain, and the target is complete, absent, or the older file."""
 
 import json
 import os
@@ -169,8 +168,7 @@ class Writer:
     """A program that writes `targets` into an empty folder, where older ones may be; sound() raises for one that is not whole.
 
     fresh: it refuses to replace older files; `again` makes it. over_s: about how long it writes, once it has begun. least: no
-    more bytes than its first target has.
-    """
+    more bytes than its first target has."""
 
     def __init__(
         self,

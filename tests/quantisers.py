@@ -1,8 +1,7 @@
 """Quantise in NumPy, and lay blocks out in panels: a second opinion on what the kernels do.
 
 Each step of quantising is one rounded float32 operation in a fixed order, so the bits are the same on every machine.
-Source of the blocks: ggml, ggml-common.h and ggml-quants.c.
-"""
+Source of the blocks: ggml, ggml-common.h and ggml-quants.c."""
 
 from typing import Any
 

@@ -2,8 +2,7 @@
 
     python tests/record_family.py        needs torch and transformers
 
-The weights are seeded numbers that the test makes again. For each model: the last row of logits, and greedy tokens.
-"""
+The weights are seeded numbers that the test makes again. For each model: the last row of logits, and greedy tokens."""
 
 import json
 from importlib import import_module

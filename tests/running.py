@@ -1,7 +1,6 @@
 """Run `pygpt` as a process, and check its one-line errors.
 
-A process takes 0.1 s to start, mostly for imports. So most processes are forks of one that has made the imports.
-"""
+A process takes 0.1 s to start, mostly for imports. So most processes are forks of one that has made the imports."""
 
 import atexit
 import json

@@ -2,8 +2,7 @@
 requests.
 
 A target has valid inputs of tiny shapes, their mutations, and check(), which tries one input. test_readers.py tries the
-corpus and some mutations, tools/fuzz.py as many as you like. All inputs are bytes.
-"""
+corpus and some mutations, tools/fuzz.py as many as you like. All inputs are bytes."""
 
 import codecs
 import hashlib

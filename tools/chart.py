@@ -8,8 +8,7 @@ becomes a column. Bars are medians at the file's highest number of threads. The 
 
 A file that `pygpt bench` did not print is refused in one line. The picture contains text as text and has no background. Its
 colours can be read on white and on black. The same files give the same bytes on every machine, so a test can compare the
-picture with its data. That is why bars are drawn without matplotlib, whose versions differ in every line.
-"""
+picture with its data. That is why bars are drawn without matplotlib, whose versions differ in every line."""
 
 import signal
 

@@ -10,8 +10,7 @@ If the package atheris is installed, libFuzzer chooses the inputs, guided by cov
 of valid inputs and of tests/corpus/. Each target runs in its own process. The input of a finding is saved in --output, even if
 it crashes the process. Copy it into tests/corpus/TARGET/; then tests/unit/test_readers.py tries it in every run.
 
-Exit status: 0; 1 if there is a finding; 2 for bad arguments; 130 after Ctrl-C.
-"""
+Exit status: 0; 1 if there is a finding; 2 for bad arguments; 130 after Ctrl-C."""
 
 import argparse
 import hashlib

@@ -19,8 +19,7 @@ line.
 pygpt train trains with the recipe below. On every processor with FMA, the model gets the same bits. The last line reports
 whether they are the bits of the package's model. Ctrl-C saves the run, and pygpt train --resume continues it.
 
-Exit status: 0; 1 for a failure at run time, and if `check` finds a passage; 2 for bad input; 130 after Ctrl-C.
-"""
+Exit status: 0; 1 for a failure at run time, and if `check` finds a passage; 2 for bad input; 130 after Ctrl-C."""
 
 import signal
 
@@ -242,8 +241,7 @@ def speeches(play: str) -> list[str]:
 def remove_shared(passages: Iterable[str], held_out: Sequence[str]) -> tuple[list[str], int]:
     """Remove passages that share N tokens or N words in a row with `held_out`; return the others and the number removed.
 
-    Each passage is checked together with the end of the kept passage before it. So the kept text as a whole shares no run.
-    """
+    Each passage is checked together with the end of the kept passage before it. So the kept text as a whole shares no run."""
     tokens_held, words_held = set(runs(encode(held_out))), set(runs(words(join(held_out))))
     tokenizer, kept, removed = Tokenizer(), list[str](), 0
     last_tokens, last_words = [tokenizer.eot], list[str]()
@@ -329,8 +327,7 @@ def file_sha256(path: Path) -> str:
 def check(text: Path, other: Path) -> None:
     """Raise PyGPTError if two texts in tinyshakespeare's format share N tokens or N words in a row.
 
-    Only the first VALIDATION_TOKENS tokens of the other text count, because a model is validated on these.
-    """
+    Only the first VALIDATION_TOKENS tokens of the other text count, because a model is validated on these."""
     ours, theirs = (read_text(path) for path in (text, other))
     tokenizer = Tokenizer()
     validation = encode(theirs)[:VALIDATION_TOKENS]

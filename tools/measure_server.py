@@ -13,8 +13,7 @@ The tool starts the server of this checkout. An other server must run already, w
     cancel     steps that a stream still runs after its client has left, and the milliseconds until the server is idle
 
 Times are [median, 99th percentile, maximum], in milliseconds. A real-time priority is not a help: the system then stops the
-workers for 50 ms of each second.
-"""
+workers for 50 ms of each second."""
 
 import argparse
 import asyncio

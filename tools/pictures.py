@@ -11,8 +11,7 @@ schedule  requests in one engine, step by step
 speculation   guesses of a draft, and the step that checks them
 load    clients of a server: tokens a second, and times between tokens, from tools/benchmarks/server.json (measure_server.py)
 
-All colours are readable on white and on black. The same sources give the same bytes, so a test can compare them.
-"""
+All colours are readable on white and on black. The same sources give the same bytes, so a test can compare them."""
 
 import argparse
 import ast

@@ -1,7 +1,6 @@
 """The commands of `pygpt`: one module for each subcommand, and helpers that they share.
 
-COMMANDS is the only list of subcommands. pygpt/__main__.py dispatches by it, and `pygpt --help` prints it.
-"""
+COMMANDS is the only list of subcommands. pygpt/__main__.py dispatches by it, and `pygpt --help` prints it."""
 
 COMMANDS = {  # name: its module in this folder, and one line for the help
     "chat": ("chat", "complete texts, on a terminal or through a pipe"),

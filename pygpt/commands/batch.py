@@ -5,8 +5,7 @@
 
 Each line of IN is a JSON object with a "prompt" or "tokens", and each line of OUT is its answer. OUT.part holds the answers so
 far, and OUT gets its name when it is complete. To continue a killed job, give the same command. docs/reference/batch.md
-describes the JSON and the files.
-"""
+describes the JSON and the files."""
 
 import argparse
 import fcntl

@@ -1,7 +1,6 @@
 """Shared by all commands: one-line errors, exit statuses, argument parsing, bars, and Ctrl-C without a traceback.
 
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 141 if the reader closed stdout.
-"""
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 141 if the reader closed stdout."""
 
 import argparse
 import os

@@ -1,8 +1,7 @@
 """Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors), or from a GGUF file.
 
 Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even. After a failure, an older DST is
-unchanged, and an incomplete new file is removed.
-"""
+unchanged, and an incomplete new file is removed."""
 
 import argparse
 import os

@@ -1,8 +1,7 @@
 """Download a GPT-2 model from Hugging Face. Afterwards, -m NAME finds it in every command.
 
 Safetensors become a .bin file in pygpt's cache folder, and llm.c's .bin files are linked there. A model that a .bin file cannot
-hold whole is used in the cache of huggingface_hub. A failed download leaves no incomplete model file.
-"""
+hold whole is used in the cache of huggingface_hub. A failed download leaves no incomplete model file."""
 
 import argparse
 import logging

@@ -7,8 +7,7 @@
     pygpt eval next "To be, or not to" -o json
     pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
-docs/reference/eval.md says how each number is computed, and describes the JSON.
-"""
+docs/reference/eval.md says how each number is computed, and describes the JSON."""
 
 import argparse
 import json

@@ -4,8 +4,7 @@
     pygpt look "To be, or not to" -m gpt2 -k 3
     pygpt look "To be, or not to" --plot pictures -o json
 
-docs/reference/look.md explains the tables and the pictures, and describes the JSON.
-"""
+docs/reference/look.md explains the tables and the pictures, and describes the JSON."""
 
 import argparse
 import json

@@ -1,7 +1,6 @@
 """Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file (mapped in place).
 
-The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format.
-"""
+The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format."""
 
 import argparse
 import os

@@ -6,8 +6,7 @@
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 20}'
 
 A request gets the same bytes alone and among others, cached or not, for any number of threads. After SIGTERM or Ctrl-C, running
-requests have --grace seconds to end. The exit status is then 0 or 130. A second signal ends the requests at once.
-"""
+requests have --grace seconds to end. The exit status is then 0 or 130. A second signal ends the requests at once."""
 
 import argparse
 import os

@@ -5,8 +5,7 @@
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-If NAME ends in /, the folder is created if needed. docs/reference/shards.md describes texts, --eot and the files' names.
-"""
+If NAME ends in /, the folder is created if needed. docs/reference/shards.md describes texts, --eot and the files' names."""
 
 import argparse
 import os

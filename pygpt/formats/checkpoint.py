@@ -3,8 +3,7 @@
 A file has an int32[256] little-endian header: magic, version, maxT, V, L, NH, C, Vp, zeros. The sixteen tensors of
 config.TENSORS follow, each for all layers. Version 1 has float32 and V rows of wte, version 3 float32 and Vp rows, version 5
 bfloat16 and Vp rows. Every number of the header and the file's size are checked, so every later offset is inside the map.
-Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
-"""
+Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint)."""
 
 import os
 import struct

@@ -4,8 +4,7 @@ The kernels have another table (csrc/micro.h), with the same names. If a format 
 values as float32. docs/add-a-weight-format.md explains how to add a format.
 
 Quantised rows are blocks of neighbours in one row of a matrix, as GGUF stores them. The kernels read the same numbers in
-panels (panels.py), and they alone quantise (csrc/quantise.h). Source of the blocks: ggml, ggml-common.h and ggml-quants.c.
-"""
+panels (panels.py), and they alone quantise (csrc/quantise.h). Source of the blocks: ggml, ggml-common.h and ggml-quants.c."""
 
 from collections.abc import Iterable
 

@@ -1,7 +1,6 @@
 """Files for every format: map them read-only after a check, view parts of them, and write them atomically.
 
-Refuses anything that is not a regular file. A new file gets its name only when it is complete.
-"""
+Refuses anything that is not a regular file. A new file gets its name only when it is complete."""
 
 import codecs
 import errno

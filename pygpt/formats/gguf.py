@@ -3,8 +3,7 @@
 A file is a header (magic, version, counts), key-value pairs, a table of tensors (name, extents, type, offset), padding, and the
 tensors. Each tensor begins at a multiple of general.alignment. The reader bounds every field, refuses a key or name that occurs
 twice, and requires that the tensors follow each other in order and fill the file. Quantised values are read exactly.
-Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has).
-"""
+Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has)."""
 
 import os
 import struct

@@ -3,8 +3,7 @@
 The files have other names than ours, and separate tensors for each layer. The four weights of transformers' Conv1D have shape
 (in, out); ours and nanoGPT's have (out, in). The causal mask of older files is ignored. A model without any bias has zero
 biases. Refuses models that the kernels would compute differently, and tensors that are missing, unknown or of another shape.
-Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py; nanoGPT, model.py.
-"""
+Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py; nanoGPT, model.py."""
 
 import json
 import os

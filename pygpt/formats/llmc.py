@@ -7,8 +7,7 @@
 
 Each file begins with an int32[256] little-endian header. The readers check every field and length against the file's end before
 they use it, and refuse bytes after the last value.
-Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py, llmc/dataloader.h.
-"""
+Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py, llmc/dataloader.h."""
 
 import os
 import struct

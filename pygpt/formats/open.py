@@ -2,8 +2,7 @@
 
 `.gguf` files are known by their first bytes, panel files by their name (.safetensors) and metadata, pickles by their first
 bytes. A folder and any other .safetensors file is a Hugging Face model. Everything else is taken for an llm.c checkpoint,
-whose reader says what is wrong with it.
-"""
+whose reader says what is wrong with it."""
 
 import os
 from contextlib import suppress

@@ -6,8 +6,7 @@ Zeros pad the N outputs of a layer's matrix to a multiple of 16, and its K input
 then zeros up to a multiple of 64 bytes. Layers follow one another. Other formats are row-major, as in llm.c's files.
 
 docs/reference/file-formats.md describes panel files. Their header is padded so that the values begin at a multiple of 64,
-because they are mapped and used in place. Source: the layout of the kernels' products (micro.h).
-"""
+because they are mapped and used in place. Source: the layout of the kernels' products (micro.h)."""
 
 import json
 import os

@@ -5,8 +5,7 @@ The header is a JSON object: name -> dtype, shape, data_offsets. The reader chec
 has the size of its shape, and that the ranges fill the file. So every view is inside the map.
 
 We do not use the `safetensors` package: its NumPy interface does not support bfloat16, and it needs all tensors in memory to
-write them. If two tensors have one name, it silently uses the last. Source: the description of the format in its repository.
-"""
+write them. If two tensors have one name, it silently uses the last. Source: the description of the format in its repository."""
 
 import json
 import os

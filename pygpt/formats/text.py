@@ -1,8 +1,7 @@
 """Text for training and evaluation: read it in pieces, and encode it as tokens. JSON lines hold a document in each row.
 
 Because text is read and encoded in pieces, a file may be larger than memory. Refuses text that is not UTF-8.
-Source: llm.c, dev/data/tinyshakespeare.py, for the positions of `<|endoftext|>`.
-"""
+Source: llm.c, dev/data/tinyshakespeare.py, for the positions of `<|endoftext|>`."""
 
 import codecs
 import gzip

@@ -4,8 +4,7 @@ A model's vocabulary lies beside the model file as NAME.tokenizer.json, or insid
 Hugging Face model has tokenizer.json, or vocab.json with merges.txt. llm.c's tokenizer.bin has the tokens without their merges;
 the merge of a token is the pair that its bytes become by the merges before it.
 
-Refuses a vocabulary that is not byte-level BPE. Source: Hugging Face's tokenizers, tokenizer/serialization.rs.
-"""
+Refuses a vocabulary that is not byte-level BPE. Source: Hugging Face's tokenizers, tokenizer/serialization.rs."""
 
 import json
 import os

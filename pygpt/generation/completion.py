@@ -1,7 +1,6 @@
 """One completion of a request: its tokens so far, and the state of its sampler and stop conditions.
 
-Refuses to know how logits are computed.
-"""
+Refuses to know how logits are computed."""
 
 from collections.abc import Sequence
 
@@ -24,8 +23,7 @@ class Completion:
     is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. prompt_infos: a TokenInfo for each
     token of the prompt but the first, if prompt_logprobs is set; only the first of n completions has them. drafted and
     accepted: how many tokens speculation guessed, and how many of them were right. For engines: speculation is the request's.
-    longest is the most tokens in the network's window. sequence has the given and the new ids; do not change the list.
-    """
+    longest is the most tokens in the network's window. sequence has the given and the new ids; do not change the list."""
 
     def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:
         """Start a completion. seed: replaces the request's. stream: which stream of the seed's random numbers to use."""

@@ -4,8 +4,7 @@ Control.process() is a pure function of the row and of the tokens before it. So 
 batch, and rows that are checked later get the same result. A Request without these options skips this module and its copy.
 
 Refuses to leave a row without any token. Sources: Hugging Face's transformers (logits_process.py), for names, meaning and
-order; OpenAI's API reference, for the bias and for the frequency and presence penalties.
-"""
+order; OpenAI's API reference, for the bias and for the frequency and presence penalties."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -69,8 +68,7 @@ class Control:
     def process(self, logits: "npt.ArrayLike", tokens: Sequence[int], prompt: int) -> "Row":
         """Return a changed copy of the logits (V,) that follow `tokens`. Its first `prompt` tokens were given.
 
-        Raises NumericalError for logits that are not finite, InputError if every token is excluded or a result is bad.
-        """
+        Raises NumericalError for logits that are not finite, InputError if every token is excluded or a result is bad."""
         import numpy as np
 
         row, ids = np.array(logits, np.float32), np.array(tokens, np.int64)

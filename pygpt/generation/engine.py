@@ -9,8 +9,7 @@ A step has one row for each decoding sequence, then rows of prompts in order of 
 has keys and values for the beginning of a new prompt, the engine copies them instead of computing them. Batching and sharing
 do not change results, because the logits of a row do not depend on the other rows.
 
-add() and cancel() may be called on any thread, step() on one thread at a time.
-"""
+add() and cancel() may be called on any thread, step() on one thread at a time."""
 
 import time
 from collections import deque

@@ -1,7 +1,6 @@
 """A checked request for a completion, from Python's keywords or from a JSON object.
 
-Refuses to know about networks. Generator.generate() describes the options.
-"""
+Refuses to know about networks. Generator.generate() describes the options."""
 
 from collections.abc import Iterable
 

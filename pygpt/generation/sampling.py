@@ -8,8 +8,7 @@ sample   a random id, after temperature, top_k, top_p and min_p. These have the 
          on seed, stream, step and id (sampler.h), so a seed gives the same tokens on every machine. Slightly different logits
          nearly always give the same token. Temperature 0 means greedy.
 
-The reference and the fast path call the same functions.
-"""
+The reference and the fast path call the same functions."""
 
 import os
 
@@ -55,8 +54,7 @@ class Sampler:
     this share, at least one id. min_p, 0 to 1, keeps ids whose probability is at least min_p times the highest. seed, 0 to
     2^64 - 1, makes the result repeatable.
 
-    Raises InputError for a value out of its range, and for an option of "sample" with another sampler.
-    """
+    Raises InputError for a value out of its range, and for an option of "sample" with another sampler."""
 
     __slots__ = ("min_p", "name", "seed", "temperature", "top_k", "top_p")
 

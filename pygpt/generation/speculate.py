@@ -9,8 +9,7 @@ Guesses come from the text so far, if its last tokens occurred before (prompt lo
 quantised weights, or another model. A draft of the same dimensions appends to the model's own caches. These rows are removed
 before the checked rows replace them.
 
-Sources: Leviathan et al. 2023 and Chen et al. 2023 (speculative decoding); Saxena 2023 (prompt lookup).
-"""
+Sources: Leviathan et al. 2023 and Chen et al. 2023 (speculative decoding); Saxena 2023 (prompt lookup)."""
 
 import time
 from collections.abc import Callable, Sequence

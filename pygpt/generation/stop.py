@@ -4,8 +4,7 @@ The text is that of the whole sequence with the prompt. A stop string may begin 
 it is the last one, and may add text after the stop string. Source: the rule of Hugging Face's StopStringCriteria. Stop strings
 load the vocabulary, and so does the end of text if the vocabulary is not GPT-2's.
 
-Refuses both for a model of unknown vocabulary.
-"""
+Refuses both for a model of unknown vocabulary."""
 
 from collections.abc import Iterable
 from contextlib import suppress

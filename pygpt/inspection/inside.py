@@ -3,8 +3,7 @@
 Sources: nostalgebraist 2020, "interpreting GPT: the logit lens"; Elhage et al. 2021, "A mathematical framework for transformer
 circuits" (direct logit attribution); Olsson et al. 2022, "In-context learning and induction heads" (the induction score); Meng
 et al. 2022, "Locating and editing factual associations in GPT" (patching); Nanda 2023, "Attribution patching"; SAELens,
-StandardSAE and JumpReLUSAE (the layout of sparse autoencoders).
-"""
+StandardSAE and JumpReLUSAE (the layout of sparse autoencoders)."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping

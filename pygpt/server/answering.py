@@ -1,7 +1,6 @@
 """Run one call, from its events to the bytes of its answer, until the client has it or leaves.
 
-A streamed answer and a whole one come from the same pieces. A piece has the new text of one choice, with its tokens.
-"""
+A streamed answer and a whole one come from the same pieces. A piece has the new text of one choice, with its tokens."""
 
 import asyncio
 import codecs

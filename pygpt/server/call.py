@@ -1,7 +1,6 @@
 """Served models, the thread that steps their engines, and a call: checked requests for an engine, and how to write the answer.
 
-Refuses to know about HTTP.
-"""
+Refuses to know about HTTP."""
 
 import os
 import threading

@@ -1,7 +1,6 @@
 """The fields of requests and answers, as JSON schemas: they check requests, and the OpenAPI document publishes them.
 
-Refuses to know about models. What depends on one, such as the length of its context, is checked in call.py.
-"""
+Refuses to know about models. What depends on one, such as the length of its context, is checked in call.py."""
 
 import json
 from collections.abc import Awaitable, Callable

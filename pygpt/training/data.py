@@ -1,8 +1,7 @@
 """Training data: the tokens of shards or arrays, in batches.
 
 A data set is one or more shards. Tokens stay in the mapped file until a batch needs them. Refuses shards that are too small
-for one batch. Source: llm.c, llmc/dataloader.h.
-"""
+for one batch. Source: llm.c, llmc/dataloader.h."""
 
 import glob
 import hashlib

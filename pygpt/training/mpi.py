@@ -1,8 +1,7 @@
 """Ranks over MPI, with mpi4py (the extra `mpi`). Only this module imports mpi4py.
 
 Every wait polls, so that signals take effect, and ends the rank if a message does not come in time. Objects travel as pickles
-between ranks of one run, which trust each other: MPI neither encrypts nor authenticates.
-"""
+between ranks of one run, which trust each other: MPI neither encrypts nor authenticates."""
 
 import atexit
 import os

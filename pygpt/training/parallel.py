@@ -6,8 +6,7 @@ parts below b - a. MPI only moves data, because the order of a library's own red
 
 The ranks share the optimizer as in ZeRO-1 (Rajbhandari et al. 2020): each rank owns a slice of whole norm blocks. It receives
 the sums of all ranks for its slice, adds them by the tree, and updates its weights and moments. Then it sends the weights to
-all. One rank is the same program without messages. Refuses to know about data, files and options.
-"""
+all. One rank is the same program without messages. Refuses to know about data, files and options."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence

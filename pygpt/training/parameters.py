@@ -6,8 +6,7 @@ serial twin derive from this class and share its checks. Refuses to know about a
 
 A run's numbers are pure functions of the options and the step. They use only float64 additions, multiplications and divisions,
 because libm's cosine and power differ between machines. Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter
-2019 (AdamW) and 2017 (cosine); llm.c, train_gpt2.c (gpt2_update) and llmc/schedulers.h.
-"""
+2019 (AdamW) and 2017 (cosine); llm.c, train_gpt2.c (gpt2_update) and llmc/schedulers.h."""
 
 import math
 import os

@@ -8,8 +8,7 @@
 
 The reader checks every field, the exact size and the SHA-256 before it returns any value. A run keeps two generations: PATH,
 and the previous state as PATH.1. One of them is complete at every moment, and open_state() falls back to the older one.
-Files are written and read as streams, without a second copy in memory. Refuses pickles, and files of another version.
-"""
+Files are written and read as streams, without a second copy in memory. Refuses pickles, and files of another version."""
 
 import hashlib
 import json

@@ -1,8 +1,7 @@
 """TrainableGPT2: train GPT-2 with forward, backward and AdamW on the pool of workers.
 
 The forward pass of a batch is the network's step over B sequences x T rows, and keeps the activations. Losses, gradients and
-updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
-"""
+updated weights have the same bits for every number of workers and every instruction set with fused multiply-add."""
 
 from collections.abc import Iterable
 from functools import partial

@@ -4,8 +4,7 @@ A step averages the gradients of `parts` times `accumulate` batches, clips the g
 A step does not depend on time, threads, ranks or chance. So a run that is restored from a training state (state.py) continues
 with the same bits.
 
-Refuses to update weights if the loss or the gradient is not finite. Refuses to know about text, data files and terminals.
-"""
+Refuses to update weights if the loss or the gradient is not finite. Refuses to know about text, data files and terminals."""
 
 import hashlib
 import math

@@ -1,7 +1,6 @@
 """Activations and edits: the numbers of a float64 network, and the bits of the ordinary step wherever nothing is edited.
 
-This is true for any threads, chunks, batch, cache, weight format and variation of the network.
-"""
+This is true for any threads, chunks, batch, cache, weight format and variation of the network."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

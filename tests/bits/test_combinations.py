@@ -5,8 +5,7 @@ A case draws a shape, a weight format and its file, threads, chunks, an instruct
 Each request draws a sampler, controls, stops, a length with its overflow, scores, edits and speculation. If
 options contradict each other, one line refuses them.
 
-    python -m pytest -m slow --seconds 900 tests/bits/test_combinations.py
-"""
+    python -m pytest -m slow --seconds 900 tests/bits/test_combinations.py"""
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator

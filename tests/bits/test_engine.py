@@ -1,7 +1,6 @@
 """Requests that join and leave an engine get the same tokens and log-probabilities as alone.
 
-This is true for every order, every set of other requests, all limits, and every draft that guesses tokens ahead.
-"""
+This is true for every order, every set of other requests, all limits, and every draft that guesses tokens ahead."""
 
 import random
 import threading

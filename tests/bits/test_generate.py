@@ -1,8 +1,7 @@
 """Test whole completions: they have the same tokens for every number of threads, batch, cache and network.
 
 Stops, overflow, log-probabilities, streamers, and errors before anything runs are tested, too. Each expected token comes from
-the logits of a fresh, whole sequence.
-"""
+the logits of a fresh, whole sequence."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -2,8 +2,7 @@
 
 The tests also measure accuracy: the fixed order of a dot product against exact arithmetic, and results against the float64
 oracle and the serial reference. Further tests have recorded continuations, numbers at the edge of float32, and the samplers
-alone.
-"""
+alone."""
 
 import copy
 import hashlib

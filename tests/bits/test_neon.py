@@ -4,8 +4,7 @@ AMX runs in emulated_amx.h, plain C in place of its few instructions. The kernel
 the format of docs/add-a-weight-format.md is added and tried.
 
 Needs an x86-64 machine with FMA and a C compiler, for NEON also Debian's gcc-aarch64-linux-gnu and qemu-user. Elsewhere the
-tests are skipped.
-"""
+tests are skipped."""
 
 import ast
 import platform

@@ -3,8 +3,7 @@
 The trace of each worker says when it began and ended each phase. Two phases depend on each other if one writes an array that
 the other reads or writes. The table below names these arrays, taken from the network's definition. All workers must wait for
 each other between such phases. One worker is delayed on purpose. So a missing barrier shows, unless all workers end in the same
-nanosecond. A correct step cannot fail, however busy the machine is.
-"""
+nanosecond. A correct step cannot fail, however busy the machine is."""
 
 from collections.abc import Sequence
 from itertools import combinations

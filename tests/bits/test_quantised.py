@@ -1,7 +1,6 @@
 """q8_0 and q4_0: products equal plain loops, bit for bit, and logits do not depend on threads, batches and caches.
 
-The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float64 oracle measures their accuracy.
-"""
+The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float64 oracle measures their accuracy."""
 
 import ctypes
 import itertools

@@ -1,7 +1,6 @@
 """Training on the pool: the same bits for every number of workers, instruction set, batch and cut, and calm under interruption.
 
-That the numbers are right is tested with the serial engine in test_training_reference.py.
-"""
+That the numbers are right is tested with the serial engine in test_training_reference.py."""
 
 import hashlib
 import os

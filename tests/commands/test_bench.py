@@ -1,8 +1,7 @@
 """Test pygpt bench with prefill, decode and the whole process.
 
 Its numbers agree with each other and with the network's shapes, it times the documented work, and bad input is refused in one
-line. No test depends on the machine's speed.
-"""
+line. No test depends on the machine's speed."""
 
 import csv
 import io

@@ -1,7 +1,6 @@
 """Test the peers of pygpt bench: the NumPy peer computes pygpt's network, and every failure is one clear line.
 
-The other peers need packages that a test run does not install. To check a new peer, compare its Peer.logits() with pygpt's.
-"""
+The other peers need packages that a test run does not install. To check a new peer, compare its Peer.logits() with pygpt's."""
 
 import importlib.util
 import json

@@ -1,7 +1,6 @@
 """Test pygpt bench --train: its numbers agree with each other and with the network's shapes.
 
-Losses that differ and bad arguments are refused in one line. No test depends on the machine's speed or needs PyTorch.
-"""
+Losses that differ and bad arguments are refused in one line. No test depends on the machine's speed or needs PyTorch."""
 
 import csv
 import io

@@ -1,6 +1,5 @@
 """Test tools/chart.py: bars have the measured lengths, the committed picture shows the committed data, and data that are not
-measurements are refused in one line.
-"""
+measurements are refused in one line."""
 
 import json
 import re

@@ -2,8 +2,7 @@
 
 Most tests replace the `pygpt` command by a fake: a small package on PYTHONPATH that speaks the protocol and logs all requests.
 So a test controls every id and every fault that the chat sees. The last section runs the real command. No test depends on
-time: tests wait for a text, a line of the log or the end of a process.
-"""
+time: tests wait for a text, a line of the log or the end of a process."""
 
 import json
 import os

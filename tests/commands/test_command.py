@@ -1,8 +1,7 @@
 """Test `python -m pygpt` as a process in its own folder, by its stdout, stderr and exit status.
 
 No test depends on the machine's speed. If the moment matters (streaming, Ctrl-C within an answer), the test steps the model:
-the model computes a token only after a byte has come through a pipe.
-"""
+the model computes a token only after a byte has come through a pipe."""
 
 import fcntl
 import json

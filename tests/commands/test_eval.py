@@ -78,8 +78,7 @@ def ids_of(name: str) -> list[int]:
 def guide(path: str, tokens: list[int], window: int, stride: int) -> tuple[float, int]:
     """Return the mean loss and the number of scored tokens, computed as in Hugging Face's guide.
 
-    Targets before the last trg_len are masked, and the first token of a window has no prediction.
-    """
+    Targets before the last trg_len are masked, and the first token of a window has no prediction."""
     total, count, previous_end = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):
         end = min(begin + window, len(tokens))

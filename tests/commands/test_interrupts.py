@@ -1,8 +1,7 @@
 """Test Ctrl-C in commands: it ends them with status 130 and without a message, whenever it comes.
 
 It may come during an import, even if the module turns it into another error, in a finalizer, before the job or after it. No
-test depends on time: the interrupted code itself sends the signal.
-"""
+test depends on time: the interrupted code itself sends the signal."""
 
 import io
 import re

@@ -2,8 +2,7 @@
 
 The sdist contains all files that a build needs, and no product of a build. A wheel built from it works in an empty environment
 without a compiler, and contains its types, data and licences. The tests need setuptools and Cython (the `dev` extra). The tests
-of types need mypy.
-"""
+of types need mypy."""
 
 import importlib.metadata
 import json

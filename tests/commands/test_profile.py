@@ -1,8 +1,7 @@
 """Test pygpt profile: its numbers agree with each other, and with independent parsers of its traces.
 
 Profiling keeps all bits, the report finds artificial slowdowns, and bad arguments are refused in one line. No test depends on
-the machine's speed.
-"""
+the machine's speed."""
 
 import hashlib
 import json

@@ -1,7 +1,6 @@
 """Test pygpt train: its output, logs and saved files, interrupts, kills, --resume, and refused options.
 
-No test depends on the machine's speed: a process is stopped after a line that it printed.
-"""
+No test depends on the machine's speed: a process is stopped after a line that it printed."""
 
 import io
 import json

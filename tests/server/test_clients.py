@@ -1,8 +1,7 @@
 """OpenAI's own client, synchronous and asynchronous, and the arithmetic of lm-eval against `pygpt eval hellaswag`.
 
 Other clients run where they are installed: langchain-openai, litellm, llm, lm-eval[api] and schemathesis from PyPI, and ai with
-@ai-sdk/openai-compatible from npm.
-"""
+@ai-sdk/openai-compatible from npm."""
 
 import asyncio
 import json

@@ -4,8 +4,7 @@
 
 The server is a process with four models. Threads send completions, whole and streamed, with and without speculation. They leave
 before or in the middle of an answer, send bad requests, and ask for everything else. Meanwhile the resident memory, descriptors
-and threads of the server stay constant.
-"""
+and threads of the server stay constant."""
 
 import json
 import random

@@ -1,7 +1,6 @@
 """Two replicas behind a proxy, of which one is killed in the middle of an answer: with a seed, the other gives the same bytes.
 
-The proxy is a small one in this process, and nginx with the guide's configuration where it is installed.
-"""
+The proxy is a small one in this process, and nginx with the guide's configuration where it is installed."""
 
 import http.client
 import re

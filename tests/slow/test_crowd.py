@@ -2,8 +2,7 @@
 
 Each number of workers decodes in a separate process: on all processors, on one, and under a quota of half a processor. The
 quota is a cgroup, or the process is stopped for half of every tenth of a second. The numbers of workers take turns, and medians
-are compared, so other programs on the machine affect all equally. It should have little else to do.
-"""
+are compared, so other programs on the machine affect all equally. It should have little else to do."""
 
 import os
 import signal

@@ -2,8 +2,7 @@
 
 Threads generate on shared and separate models, alone and in batches, with and without prefix caches. They also cancel, open and
 close models, resize caches, evaluate, train, save and resume. The main thread completes and trains, and is interrupted all the
-time. Meanwhile memory, descriptors and threads stay constant.
-"""
+time. Meanwhile memory, descriptors and threads stay constant."""
 
 import gc
 import os

@@ -1,7 +1,6 @@
 """Failures of the machine: no memory, no threads, streams that are closed or full, files that change in use.
 
-An error is one line and the documented status. The object that raised it works on.
-"""
+An error is one line and the documented status. The object that raised it works on."""
 
 import os
 import shutil

@@ -3,8 +3,7 @@ commands, the chat, programs of the API with few and many workers, and every pro
 exits while workers are busy.
 
 Each time the status is documented, stdout is a prefix of the right ids in whole lines, and files are complete. Programs do not
-print tracebacks, hang, or leave processes. Moments begin when the program's own code runs.
-"""
+print tracebacks, hang, or leave processes. Moments begin when the program's own code runs."""
 
 import dataclasses
 import http.client

@@ -20,8 +20,7 @@ The exception is the spinner's load of `phase`, an acquire. It decides only whet
 grows. Reading an old value is like reading earlier, which the search includes. If it reads the new value, it synchronises
 with the opener's fetch_add, which comes after all arrivals. All these are read-modify-writes of one word, and each acquires
 the release of the previous one. So memory written before a wait is visible after it. ThreadSanitizer checks this on plain
-memory (barrier_harness.c), and reports a relaxed load.
-"""
+memory (barrier_harness.c), and reports a relaxed load."""
 
 import os
 import re

@@ -1,8 +1,7 @@
 """The contract for threads, line by line: shared objects, calls that take turns, and refusals. Also Ctrl-C at the worst moment,
 and the workers of deleted pools.
 
-Threads wait for each other at events and barriers. If a test provokes a race, it checks every outcome.
-"""
+Threads wait for each other at events and barriers. If a test provokes a race, it checks every outcome."""
 
 import os
 import subprocess
@@ -340,8 +339,7 @@ def test_a_round_at_the_end_of_the_stack() -> None:
             descend()
         assert made == [[0, 1, 2]] * 20, made
         assert len(refused) > 10
-        assert not any(refused)
-        """
+        assert not any(refused)"""
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

@@ -2,8 +2,7 @@
 nothing crashes, and what is computed afterwards has the right bits.
 
 What may take a process down runs in a process of its own, with a deadline. The tests do not depend on the machine's speed.
-Threads wait for each other at events. If a test provokes a race, it checks every outcome.
-"""
+Threads wait for each other at events. If a test provokes a race, it checks every outcome."""
 
 import gc
 import os

@@ -2,8 +2,7 @@
 
 The generator must give its published answers. Each option is compared with float64 NumPy, and draws with exact probabilities.
 Every instruction set must give the same bits. Bad options are refused. test_kernels.py tests the median and greedy samplers,
-test_generate.py whole completions.
-"""
+test_generate.py whole completions."""
 
 import math
 from collections.abc import Iterator
@@ -49,8 +48,7 @@ def expected(
 ) -> tuple[Float64, float]:
     """Return the probabilities after the filters, as transformers applies them one after another, in float64; and the margin.
 
-    The margin is the distance of the closest id to a limit. If it is tiny, rounding decides whether the id is kept.
-    """
+    The margin is the distance of the closest id to a limit. If it is tiny, rounding decides whether the id is kept."""
     margin = 1.0
     x = logits.astype(np.float64)
     order = sorted(range(len(x)), key=lambda i: (-x[i], -i))

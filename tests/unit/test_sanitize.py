@@ -1,8 +1,7 @@
 """tools/sanitize on a machine without working sanitizers: one line with the reason, and a special status, after which .ci/run
 continues.
 
-That it works elsewhere it proves itself, by planted mistakes, before every run.
-"""
+That it works elsewhere it proves itself, by planted mistakes, before every run."""
 
 import os
 import shutil

@@ -1,7 +1,6 @@
 """Compare the tokenizer with GPT-2's published vocabulary and with tiktoken's own definition; test its errors.
 
-The tests work without a network: tiktoken's loader gets the package's files instead of downloads.
-"""
+The tests work without a network: tiktoken's loader gets the package's files instead of downloads."""
 
 import hashlib
 import json

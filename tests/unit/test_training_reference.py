@@ -1,8 +1,7 @@
 """Training against independent expectations: finite differences, a float64 oracle, PyTorch's recorded losses, plain formulas.
 
 The oracle's gradients are compared with central differences of its losses. The serial kernels and the engines are compared with
-the oracle, and AdamW with its formula. Every test with an `engine` runs for each class of ENGINES.
-"""
+the oracle, and AdamW with its formula. Every test with an `engine` runs for each class of ENGINES."""
 
 import ctypes
 import hashlib

@@ -5,8 +5,7 @@
     pygpt bench --serve http://127.0.0.1:8000 --clients 8 --long 1000   a prompt of 1,000 tokens joins again and again
 
 The seed decides the lengths of prompts and answers and their token ids, so every run sends the same requests.
-docs/reference/reports.md describes the clients, the times (ttft, itl, tpot) and the JSON.
-"""
+docs/reference/reports.md describes the clients, the times (ttft, itl, tpot) and the JSON."""
 
 import argparse
 import asyncio

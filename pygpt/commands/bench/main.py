@@ -17,8 +17,7 @@ Tests are named as in llama-bench:
     process      the whole command, with 2 prompt tokens and 8 new tokens
 
 Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians.
-docs/reference/reports.md describes the limits and the JSON.
-"""
+docs/reference/reports.md describes the limits and the JSON."""
 
 import argparse
 import csv

@@ -10,8 +10,7 @@ libraries read their numbers of threads at import.
 Each peer uses the fastest way that its public interface offers for one sequence in float32 (llama.cpp: in bfloat16 if the file
 is), or in the quantised mode that its name ends with. This means a key-value cache, the head for the last row only, and a copy
 of the weights. First calls are not timed. Only installed peers run. Every weight comes from the model file; this module does
-not download. The head is wte without padding.
-"""
+not download. The head is wte without padding."""
 
 import importlib
 import importlib.util

@@ -1,7 +1,6 @@
 """The tests of `pygpt bench`, of generation, speculation and training: what runs, and the least work that the limits allow.
 
-An iteration of training is forward, backward, the gradient's norm and one step of AdamW, always on the same batch.
-"""
+An iteration of training is forward, backward, the gradient's norm and one step of AdamW, always on the same batch."""
 
 import argparse
 import subprocess

@@ -1,8 +1,7 @@
 """The profiled job, and the recording of its calls and events.
 
 A Call is timed from outside, and its steps contain the events of each worker. All times are nanoseconds of one monotonic clock,
-which the kernels' trace reads too.
-"""
+which the kernels' trace reads too."""
 
 import hashlib
 import math

@@ -9,8 +9,7 @@
     pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
     pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
 
-docs/reference/reports.md describes the JSON.
-"""
+docs/reference/reports.md describes the JSON."""
 
 import argparse
 import json

@@ -1,8 +1,7 @@
 """Run the job of `pygpt profile --sample` under Linux perf, which samples the running symbol 997 times a second.
 
 perf attaches to this process after the model is warm, so that it excludes start-up. Its control pipe starts and stops it. The
-shares are of processor time, so a worker that sleeps at a barrier does not count.
-"""
+shares are of processor time, so a worker that sleeps at a barrier does not count."""
 
 import os
 import re

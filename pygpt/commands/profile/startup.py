@@ -1,7 +1,6 @@
 """Measure the parts of a fresh process's start, with the page faults of each part.
 
-The start ends with the first token, or with the first iteration of training. The fresh process runs this module with -m.
-"""
+The start ends with the first token, or with the first iteration of training. The fresh process runs this module with -m."""
 
 import json
 import os

@@ -1,7 +1,6 @@
 """Compare thread counts and strategies in generation and in training, without a trace.
 
-A strategy is a way to dispatch the same kernels, or the serial reference. The report's notes (text.py) name the sources.
-"""
+A strategy is a way to dispatch the same kernels, or the serial reference. The report's notes (text.py) name the sources."""
 
 import hashlib
 import math

@@ -1,7 +1,6 @@
 """Write traces for viewers: Chrome's trace events (Perfetto, chrome://tracing), and Paraver's .prv, .pcf and .row.
 
-Times begin with the first call. Sources: Google's "Trace Event Format" and Paraver's "Trace format".
-"""
+Times begin with the first call. Sources: Google's "Trace Event Format" and Paraver's "Trace format"."""
 
 import json
 import os

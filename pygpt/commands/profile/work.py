@@ -1,7 +1,6 @@
 """The model of work of `pygpt bench` and `pygpt profile`: the least operations and bytes of each kernel.
 
-docs/reference/reports.md says what counts.
-"""
+docs/reference/reports.md says what counts."""
 
 from collections import Counter
 from collections.abc import Mapping

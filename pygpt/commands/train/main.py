@@ -6,8 +6,7 @@
     pygpt train --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
 
 The defaults are those of llm.c's CPU program. --out mine.bin saves the model as mine.bin and the training state as mine.state.
-At Ctrl-C or SIGTERM, training finishes the step and saves. docs/reference/train.md describes the states, stdout and the log.
-"""
+At Ctrl-C or SIGTERM, training finishes the step and saves. docs/reference/train.md describes the states, stdout and the log."""
 
 import argparse
 import hashlib
