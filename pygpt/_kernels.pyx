@@ -198,8 +198,7 @@ cdef void layernorm(
         Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016.
 
-    Rows are split over the workers, which then wait at the barrier. If rows are few, every worker computes them all,
-    which costs less than a barrier."""
+    Rows are split over the workers, which then wait at the barrier. Of few rows, every worker computes all: no barrier."""
     cdef Py_ssize_t i, start = 0, stop = rows, C = net.C
     cdef const float* residual = s.residual + index * s.residual_step
     cdef float* ln = s.ln + index * s.ln_step + ith * s.ln_size
@@ -880,8 +879,7 @@ cdef class Step:
 
     def view(self, name, Py_ssize_t layer):
         """Return the memory of an activation after its phase, its shape (NH, R, keys) or (R, width), and which columns it has.
-        The memory is valid until the step ends. attproj and fcproj lack their bias before the first call, because the phase
-        adds it to the residual."""
+        The memory is valid until the step ends. attproj and fcproj lack their bias, which the phase adds to the residual."""
         cdef State* s = &self.state
         cdef const Net* net = &self.weights.net
         cdef float* place = s.ln if name.startswith("ln") else s.residual
@@ -1068,8 +1066,7 @@ def transpose(unsigned char[::1] out not None, const unsigned char[:, ::1] rows 
 
 
 def probe_read(Floats memory not None, int streams, Py_ssize_t ith, Py_ssize_t nth) -> float:
-    """Read worker ith's share of the memory in 1, 2, 4 or 8 streams, without the GIL. Returns the sum, so that the compiler
-    keeps every read."""
+    """Read worker ith's share of the memory in 1, 2, 4 or 8 streams, without the GIL. Returns the sum, so each read is kept."""
     cdef Py_ssize_t start, stop
     cdef float total
     shard(memory.shape[0] * memory.shape[1], ith, nth, &start, &stop)

@@ -20,8 +20,7 @@ from libc.string cimport memcpy, memset
 from .config import ACTIVATIONS, HEAD, TENSORS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels, forward
+# ---------------------------------------------------------------- kernels, forward
 
 
 cdef void encoder_forward(
@@ -236,8 +235,7 @@ cdef void crossentropy_forward(
         losses[n] = -logf(probs[n * V + targets[n]]) if targets[n] >= 0 else 0   # -100: no target
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels, backward: d before a name marks the gradient of the loss with respect to that name
+# ---------------------------------------------------------------- kernels, backward: dX is the loss's gradient by X
 
 
 cdef void crossentropy_softmax_backward(
@@ -384,8 +382,7 @@ cdef void encoder_backward(
             dwpe[n % T * C + i] += dout[n * C + i]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimiser
+# ---------------------------------------------------------------- the optimiser
 
 
 cdef struct Adam:  # parameters.AdamW in float32
@@ -415,8 +412,7 @@ cdef double sum_of_squares(const float* values, Py_ssize_t size) noexcept nogil:
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
+# ---------------------------------------------------------------- the network
 
 
 cdef struct Shape:
@@ -592,8 +588,7 @@ cdef int network_backward(
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Python interface
+# ---------------------------------------------------------------- the Python interface
 
 
 def _floats(size):

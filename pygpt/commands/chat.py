@@ -26,7 +26,7 @@ from ..hub.find import find_model
 from ..tokenizer import StreamDecoder, end_of_text, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
-from .console import Parser, for_terminal, piece, say, status_of, table
+from .console import Parser, check_stdout, for_terminal, piece, say, status_of, table
 from .options import CONTROL, LISTS, add_completion_options, add_model_options, load_options, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
@@ -369,11 +369,7 @@ def show(text: str) -> None:
 
 def read_piped() -> str:
     """Read all of stdin as one text, without its last newline. Raises InputError if it is empty or not UTF-8."""
-    print(PROMPT, end="", file=sys.stderr, flush=True)
-    try:
-        text = "".join(read_text("-")).removesuffix("\n")
-    finally:
-        print(file=sys.stderr)
+    text = "".join(read_text("-")).removesuffix("\n")
     if not text:
         raise InputError("the text on standard input is empty: send at least one character")
     return text
@@ -432,7 +428,7 @@ def run(options: argparse.Namespace) -> int:
 
 def prepare_streams() -> None:
     """Let stdout replace what it cannot encode, and stdin keep what it cannot decode. Open the null device for `2>&-`."""
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+    for name, mode in ("stdin", "r"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open until exit)
     for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "replace"):
@@ -446,6 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job() -> int:
         try:
+            check_stdout("the reply")
             return run(parse(argv))
         except KeyboardInterrupt:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a full pipe must not block the exit

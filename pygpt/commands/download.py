@@ -220,7 +220,7 @@ def _import_hub() -> None:
         import huggingface_hub.file_download  # noqa: F401
         from huggingface_hub.errors import RemoteEntryNotFoundError  # noqa: F401 - versions before 1.0 do not have it
     except ImportError as error:
-        way = "python -m pip install 'pygpt[hub]'"
+        way = "python -m pip install huggingface_hub"
         raise ImportError(
             f"downloads need huggingface_hub from version 1.31 on, which cannot be imported ({error}): {way}"
         ) from error

@@ -26,6 +26,7 @@ from ..errors import DataError, InputError, plural, shown
 from ..formats.llmc import Example, read_examples, read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..generation.logprobs import score
+from ..generation.request import check_tokens
 from ..generation.sampling import not_finite
 from ..hub.find import find_model
 from ..model import GPT2
@@ -291,7 +292,7 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     prompt = tokenizer.encode(given_text(options.subject))
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
-    logits = model.prefill(model.new_cache(), prompt).astype(np.float64)  # [V]
+    logits = model.prefill(model.new_cache(), check_tokens(model.config, prompt)).astype(np.float64)  # [V]
     logprobs = logits - log_sums(logits[None])  # [V]
     choices = []
     for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # equal logits: the lowest id first

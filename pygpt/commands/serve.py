@@ -10,6 +10,8 @@ requests have --grace seconds to end. The exit status is then 0 or 130. A second
 
 import argparse
 import os
+import re
+from contextlib import suppress
 from typing import Any
 
 from ..errors import InputError, PyGPTError
@@ -32,7 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     guesses = f"for requests without the field speculation: {SPECULATE_HELP} (default auto)"
     add("--speculate", metavar="K", default="auto", help=guesses)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
-    add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the RAM)")
+    add(
+        "--cache-bytes",
+        metavar="N",
+        type=count,
+        help="most bytes of all keys and values (default: a quarter of the RAM)",
+    )
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
@@ -52,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
     if options.root_path and not options.root_path.startswith("/"):
         raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
     for origin in options.origins:
-        if origin != "*" and not origin.startswith(("http://", "https://")):
-            raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
+        if origin != "*" and not re.fullmatch("https?://[^/]+", origin):
+            raise InputError(f"--cors-origins is {origin[:40]!r}: it must be *, or such as https://example.org, without a path")
     speculation = parse_speculation(options.speculate)
     check_speculation(speculation)
     keys = options.api_key + ([] if options.api_key_file is None else _keys(options.api_key_file))
@@ -65,10 +72,12 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11", "prometheus_client"):
             raise
-        raise PyGPTError(f"{error.name} is not installed: run `pip install 'pygpt[serve]'`") from None
+        way = "python -m pip install starlette uvicorn prometheus_client"
+        raise PyGPTError(f"{error.name} is not installed: {way}") from None
     named = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
     settings = Options(**named, keys=keys, chat=options.chat_template is not None, speculation=speculation)
     listening = listen(options.host, options.port, options.uds)
+    made = options.uds and file_id(options.uds)
     try:
         server = Server(open_models(options), settings)
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -77,8 +86,15 @@ def run(options: argparse.Namespace) -> int:
         return serve(server, listening, grace_s=options.grace, started=lambda: say(started))
     finally:
         listening.close()
-        if options.uds:
-            os.unlink(options.uds)
+        with suppress(FileNotFoundError):
+            if options.uds and file_id(options.uds) == made:  # else another server listens there
+                os.unlink(options.uds)
+
+
+def file_id(path: str) -> tuple[int, int]:
+    """Return what tells a file from another one that got its name. A number alone may be used again."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns
 
 
 def _keys(path: str) -> list[str]:
@@ -104,7 +120,9 @@ def open_models(options: argparse.Namespace) -> list[Any]:
         name, equals, model = (given or "").partition("=")
         path, origin = find_model(model if equals else given)
         if not equals:
-            name = "shakespeare" if origin == "embedded" else os.path.splitext(os.path.basename(path))[0]
+            base = os.path.basename(os.path.normpath(path))
+            base = base if os.path.isdir(path) else os.path.splitext(base)[0]
+            name = "shakespeare" if origin == "embedded" else base
         if not name or any(name in names for names in named.values()):
             raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")
         named.setdefault(path, []).append(name)
@@ -113,7 +131,8 @@ def open_models(options: argparse.Namespace) -> list[Any]:
     for path, names in named.items():
         model = GPT2.load(path, threads=options.threads, draft=options.draft_model, **load_options(options))
         least = model.network.position_bytes * model.config.maxT
-        limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
+        share = (options.cache_bytes or memory // 4) // len(named)
+        limits = {"cache_bytes": share if options.cache_bytes else max(share, least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))
     return found
 

@@ -84,8 +84,7 @@ def check_ids(tokens: Tokens, V: int, where: str) -> None:
 def read_tokens(path: Path, *, V: int | None = None) -> Shard:
     """Open a token shard as a read-only uint16 array (tokens,), a view of the mapped file.
 
-    V: the vocabulary size, to check every id. Raises DataError, with the found and the expected numbers, for any file that is
-    not exactly a shard."""
+    V: the vocabulary size, to check every id. Raises DataError, with found and expected numbers, for any other file."""
     name = os.fspath(path)
     (_, count), mapped = map_data(name, "token file", MAGIC, (1,), 1)
     if count < 1:

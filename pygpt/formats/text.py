@@ -314,4 +314,4 @@ def _zstd() -> Any:
             return import_module(name)
         except ImportError:
             pass
-    raise PyGPTError("files of zstd (.zst) need Python 3.14 or the extra: pip install 'pygpt[zstd]'")
+    raise PyGPTError("files of zstd (.zst) need Python 3.14, or python -m pip install backports.zstd")

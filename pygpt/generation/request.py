@@ -172,7 +172,7 @@ def check_speculation(value: "Any") -> int | None:
     """Return how many tokens to guess in a step: 0 means the fastest number, None no guesses."""
     if value is None or is_boolean(value):
         return 0 if value else None
-    return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True or False")
+    return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True (auto) or False (off)")
 
 
 def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -> Request:
@@ -204,8 +204,7 @@ def check_keys(order: "Mapping[str, Any]", keys: set[str], where: str = "") -> N
 
 
 def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
-    """Return a request's own options, and the defaults that do not contradict them. logit_bias gets whole numbers as keys: the
-    keys of JSON objects are strings."""
+    """Return a request's own options, and the defaults that do not contradict them. logit_bias gets whole numbers as keys."""
     ruled_out: set[str] = set()
     if not LENGTH.isdisjoint(order):
         ruled_out |= LENGTH

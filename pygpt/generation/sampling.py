@@ -73,7 +73,7 @@ class Sampler:
         first_given = next((option for option, value in given.items() if value is not None), None)
         zero = temperature is not None and real(temperature) == 0
         self.name = _name(name, do_sample, first_given, zero=zero)
-        self.temperature = 1.0 if temperature is None or zero else check_positive("temperature", temperature)
+        self.temperature = 1.0 if temperature is None or zero else check_positive("temperature", temperature, "0 (greedy) or ")
         self.top_p = 1.0 if top_p is None else check_number("top_p", top_p, 0, 1)
         self.min_p = 0.0 if min_p is None else check_number("min_p", min_p, 0, 1)
         self.top_k = 0 if top_k is None else check_whole("top_k", top_k, 0, INFINITY, ", 0 (all ids) or more")
@@ -126,9 +126,9 @@ def _name(name: str | None, do_sample: bool | None, option: str | None, *, zero:
     return name
 
 
-def check_positive(name: str, value: "SupportsFloat") -> float:
+def check_positive(name: str, value: "SupportsFloat", also: str = "") -> float:
     """Return a finite number above 0. Raises InputError for anything else."""
     number = real(value)
     if not 0 < number < INFINITY:
-        raise InputError(f"{name} is {shown(value)}: it must be a finite number above 0")
+        raise InputError(f"{name} is {shown(value)}: it must be {also}a finite number above 0")
     return number

@@ -261,7 +261,10 @@ class Run:
         self._wake.set()
 
     async def _whole(self, send: Send) -> None:
-        await self._wake.wait()
+        try:
+            await self._wake.wait()
+        except asyncio.CancelledError:  # at the end of the grace period
+            raise ApiError(STOPPED, status=503, code="shutting_down") from None
         if self._error is not None:
             raise reported(self._error)
         if not self._gone:

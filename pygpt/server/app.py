@@ -77,8 +77,6 @@ class Server:
         self.by_name = {name: served for served in models for name in served.names}
         self.metrics = Metrics([served.names[0] for served in models])
         self.draining = False
-        self.waiting = 0  # sequences between their admission and the end of their calls
-        self.most = options.queue + sum(served.engine.max_live for served in models)
         self.worker = Worker(models, self.deliver)
         others: dict[str, Any] = {"allow_headers": ["*"], "expose_headers": ["X-Request-Id", "Retry-After"]}
         cors = Middleware(CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], **others)
@@ -108,7 +106,7 @@ class Server:
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-                self.metrics.add("http_requests", self.models[0].names[0], status=message["status"])
+                self.metrics.add("http_requests", None, status=message["status"])
             await send(message)
 
         with suppress(TimeoutError):  # the client does not take its answer
@@ -163,20 +161,22 @@ class Server:
         return self.by_name[name]
 
     @asynccontextmanager
-    async def admitted(self, count: int) -> AsyncIterator[None]:
-        """Hold places for `count` sequences in a block. Raises ApiError if there are not enough."""
+    async def admitted(self, served: Served, count: int) -> AsyncIterator[None]:
+        """Hold places for `count` sequences of a model in a block. Raises ApiError if there are not enough."""
         if not self.ready:
             raise ApiError(STOPPED, status=503, code="shutting_down")
-        if count > self.most:
-            raise ApiError(f"the request has {count} choices, but the server takes {self.most} at once: ask for fewer", "n")
-        if self.waiting + count > self.most:
-            message = f"the queue is full with {self.waiting} sequences: try again later"
+        most = self.options.queue + served.engine.max_live
+        if count > most:
+            raise ApiError(f"the request has {count} choices, but the server takes {most} at once: ask for fewer", "n")
+        others = sum(max(0, one.admitted - one.engine.max_live) for one in self.models if one is not served)  # in the queue
+        if others + served.admitted + count > most:
+            message = f"the queue is full with {others + served.admitted} sequences: try again later"
             raise ApiError(message, status=429, code="queue_full", Retry_After="1")
-        self.waiting += count
+        served.admitted += count
         try:
             yield
         finally:
-            self.waiting -= count
+            served.admitted -= count
 
     async def read(self, request: Request, fields: Fields, required: tuple[str, ...]) -> dict[str, Any]:
         """Read a request's JSON object and check its fields. Raises ApiError."""
@@ -227,7 +227,7 @@ class Server:
             return Call(served, fields, ids, chat=chat)
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            async with self.admitted(len(prompts) * fields.get("n", 1)):
+            async with self.admitted(served, len(prompts) * fields.get("n", 1)):
                 size = sum(len(prompt) + 50 for prompt in prompts)  # many short prompts take time, too
                 run = Run(await _unhurried(size, checked), self.metrics, request.state.id)
                 await run.answer(self.worker, self.options.request_timeout, receive, send)
@@ -309,11 +309,12 @@ class Server:
         """Return a token's attention in one layer, for one head or each, and what each layer would predict (the logit lens)."""
         served, tokens = self.served(fields.get("model")), fields["tokens"]
         served.check_ids("tokens", tokens)
-        async with self.admitted(1):
+        async with self.admitted(served, 1):
             try:
                 attention, tops = await asyncio.to_thread(_inside, served.model, tokens, fields)
             except InputError as error:
-                raise ApiError(str(error)) from None
+                message = str(error)
+                raise ApiError(message, next((name for name in fields if message.startswith(name)), "tokens")) from None
         named = [[{"id": i, "bytes": list(served.bytes_of([i])), "logprob": logprob} for i, logprob in top] for top in tops]
         return {"attention": attention, "lens": named}
 
@@ -332,9 +333,9 @@ class Server:
 
 def _inside(model: GPT2, tokens: list[int], fields: dict[str, Any]) -> tuple[list[list[float]], list[Any]]:
     """Return the attention of one token, (heads, T), and the most probable (id, log-probability) after each stream."""
-    layer = check_whole("a layer", fields.get("layer", 0), 0, model.config.L - 1)
-    position = check_whole("a position", fields.get("position", len(tokens) - 1), 0, len(tokens) - 1)
-    head = check_whole("a head", fields.get("head", 0), 0, model.config.NH - 1)
+    layer = check_whole("layer", fields.get("layer", 0), 0, model.config.L - 1)
+    position = check_whole("position", fields.get("position", len(tokens) - 1), 0, len(tokens) - 1)
+    head = check_whole("head", fields.get("head", 0), 0, model.config.NH - 1)
     found = model.activations(tokens[: position + 1], ["probs", "encoded", "residual3"], positions=[position], chunk=LOOKED)
     logits = model.logits_of(numpy.concatenate([found["encoded"], found["residual3"][:, 0]]))  # [L + 1, V]
     tops = [log_probabilities(logits.data, row, 0, LENS) for row in range(len(logits))]
@@ -362,10 +363,13 @@ ENDPOINTS = [
 ]
 
 
+PATHS = [row.path.replace(":path", "") for row in ENDPOINTS]
+
+
 async def _error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or an unknown path or method."""
     if isinstance(error, HTTPException):
-        unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, (row.path for row in ENDPOINTS))}"
+        unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, PATHS)}"
         message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
         return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
     found = error if isinstance(error, ApiError) else reported(error)

@@ -41,6 +41,7 @@ class Served:
         self.eot = self.tokenizer.eot if self.tokenizer else None
         prefix = model.new_prefix_cache(cache_bytes)
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
+        self.admitted = 0  # sequences between their admission and the end of their calls
         self.traced: list[Future[Timeline]] = []  # requests that wait for the timeline of the next step
         self.fingerprint = None
         if fingerprint:  # equal hashes of the weights, their format and the arithmetic mean equal answers
@@ -80,6 +81,8 @@ class Call:
         self.usage_in_chunks = bool(options.get("continuous_usage_stats"))
         if fields.get("best_of", self.n) != self.n:
             raise ApiError(f"best_of is {fields['best_of']} and n is {self.n}: leave best_of out", "best_of")
+        for name in ("stop_token_ids", "logit_bias"):  # its keys are ids
+            served.check_ids(name, [int(token) for token in fields.get(name, ())])
         self.stop_ids = set(fields.get("stop_token_ids", ()))
         if served.eot is not None and not fields.get("ignore_eos"):
             self.stop_ids.add(served.eot)

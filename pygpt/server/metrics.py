@@ -32,7 +32,7 @@ HISTOGRAMS = {
     "request_decode_time_seconds": "From a request's first token to its last one.",
     "iteration_tokens_total": "New tokens of a step.",
 }
-LABELS = {"request_success": ["finished_reason"], "http_requests": ["status"]}
+LABELS = {"request_success": ["model_name", "finished_reason"], "http_requests": ["status"]}  # of the rest: model_name
 
 
 class Metrics:
@@ -44,15 +44,15 @@ class Metrics:
         for name, about in (GAUGES | COUNTERS | HISTOGRAMS).items():
             kind: Any = Gauge if name in GAUGES else Counter if name in COUNTERS else Histogram
             own = {"buckets": LATENCIES if name.endswith("_seconds") else TOKENS} if name in HISTOGRAMS else {}
-            labels = ["model_name", *LABELS.get(name, ())]
+            labels = LABELS.get(name, ["model_name"])
             self._all[name] = kind(f"pygpt:{name}", about, labels, registry=self._registry, **own)
         for name in COUNTERS.keys() - LABELS.keys():
             for model in models:
                 self.add(name, model, 0)
 
-    def add(self, name: str, model: str, value: float = 1, **labels: object) -> None:
-        """Add to a counter, or add a value in seconds or tokens to a histogram."""
-        one = self._all[name].labels(model_name=model, **labels)
+    def add(self, name: str, model: str | None, value: float = 1, **labels: object) -> None:
+        """Add to a counter, or add a value in seconds or tokens to a histogram. model: None for what has no model."""
+        one = self._all[name].labels(**labels if model is None else {"model_name": model, **labels})
         (one.observe if name in HISTOGRAMS else one.inc)(value)
 
     def set(self, name: str, model: str, value: float) -> None:

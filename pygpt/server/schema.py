@@ -45,9 +45,10 @@ FLAG, STRING = {"type": "boolean"}, {"type": "string"}
 SWITCH = _field("true or false", **FLAG)
 IDS = _list(ID, minItems=1)
 PROMPTS = [TEXT, _list(TEXT, minItems=1), IDS, _list(IDS, minItems=1)]
-BIASES = {"patternProperties": {"^[0-9]{1,7}$": _number("a bias", -100, 100)}, "additionalProperties": False}
+NO_MORE = {"additionalProperties": False}
+BIASES = {"patternProperties": {"^[0-9]{1,7}$": _number("a bias", -100, 100)}, **NO_MORE}
 USAGES = ("include_usage", "continuous_usage_stats")
-OPTIONS = {"type": "object", "properties": dict.fromkeys((*USAGES, "include_obfuscation"), SWITCH)}
+OPTIONS = {"type": "object", "properties": dict.fromkeys((*USAGES, "include_obfuscation"), SWITCH), **NO_MORE}
 MESSAGE = _object(role={"enum": [*ROLES]}, content=STRING)
 GUESSES = f"a whole number from 1 to {MOST_GUESSES} of tokens to guess in a step"
 MODEL = {"model": _field("the name of a served model; GET /v1/models lists them", **STRING)}
@@ -173,7 +174,8 @@ def _members_fit(value: dict[str, Any], schema: Schema) -> bool:
     for bias in schema.get("patternProperties", {}).values():
         return all(key.isascii() and key.isdigit() and len(key) < 8 and fits(item, bias) for key, item in value.items())
     right = all(fits(value[name], member) for name, member in schema["properties"].items() if name in value)
-    return right and set(schema.get("required", ())) <= value.keys()
+    known = schema.get("additionalProperties", True) or value.keys() <= schema["properties"].keys()
+    return right and known and set(schema.get("required", ())) <= value.keys()
 
 
 # ---------------------------------------------------------------- the OpenAPI document

@@ -160,8 +160,7 @@ class Parameters(Closing):
     ) -> Self:
         """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
-        Raises CheckpointError for a file that is not a model, and for weights that are quantised or not finite. Raises
-        InputError for a bad thread count."""
+        Raises CheckpointError for no model, and quantised or not finite weights; InputError for a bad thread count."""
         with open_floats(find_model(path)[0]) as checkpoint:
             model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
             model.take(checkpoint)
@@ -216,8 +215,7 @@ class Parameters(Closing):
         """Write the parameters: as a .safetensors file if the name ends so, else as a checkpoint of version 1, 3 or 5.
 
         A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5
-        means bfloat16 there. The file gets its name only when it is complete. Raises InputError for a model that a .bin file
-        cannot describe."""
+        means bfloat16 there. It gets its name when it is complete. Raises InputError for a model that .bin cannot hold."""
         if not os.fspath(path).endswith(".safetensors"):
             write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
             return

@@ -413,7 +413,7 @@ def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setitem(sys.modules, "huggingface_hub.file_download", None)
     monkeypatch.setitem(sys.modules, lost, None)
     assert main(["gpt2"]) == 1
-    assert error_of(capsys).endswith(": python -m pip install 'pygpt[hub]'")
+    assert error_of(capsys).endswith(": python -m pip install huggingface_hub")
 
 
 WITHOUT_HOME = "import pwd, sys; pwd.getpwuid = {}.__getitem__; from pygpt.__main__ import main; "

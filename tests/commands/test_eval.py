@@ -257,6 +257,10 @@ def test_next(capsys: pytest.CaptureFixture[str]) -> None:
         assert choice["text"] == Tokenizer().decode([choice["id"]])
 
 
+def test_too_long_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refuses(evaluate.main, capsys, ["next", "a " * 300, "-m", EMBEDDED_MODEL], "the model takes at most 256")
+
+
 def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(11, b",", 0.5), (50256, "\n\u4e2d".encode(), 0.25), (447, b"\xe2\x80", 0.001)]
     lines = table(rows, sys.stdout).splitlines()

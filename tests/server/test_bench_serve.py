@@ -60,8 +60,13 @@ def test_goodput_counts_requests_within_all_limits(at: Live, capsys: pytest.Capt
 
 
 def test_failures_are_counted(at: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["--serve", url(at), *SMALL, "--clients", "2", "-o", "json"]) == 0  # without the key
-    assert json.loads(capsys.readouterr().out)[0]["failed"] == 12
+    """And the reason of one is said. If all fail, there is nothing to measure."""
+    long = ["--context", str(MAXT + 30), "--prompt", str(MAXT - 5), "--new", "6"]
+    assert main.main(["--serve", url(at), "--key=k", *SMALL, *long, "--clients", "2", "-o", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert 0 < json.loads(out)[0]["failed"] < 12
+    assert (err.count("\n"), "of 12 requests failed, such as with 'the prompt has" in err) == (1, True)
+    assert_refuses(main.main, capsys, ["--serve", url(at), *SMALL], "12 of 12", "the API key is missing", status=1)
 
 
 @pytest.mark.parametrize(

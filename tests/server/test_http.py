@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import assert_refuses
+from running import PYGPT, assert_refuses, environment
 from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
 
 from pygpt import Tokenizer
@@ -196,12 +197,14 @@ def test_the_attention_of_the_last_token(path: Path) -> None:
         cut = running.ask("POST", "/inspect", {"tokens": tokens[:3]}).json()
         assert of_one == {"attention": cut["attention"][-1:], "lens": cut["lens"]}
         for name, limit in (("position", len(tokens)), ("head", config.NH)):
-            wrong = running.refused(400, {"tokens": tokens, name: limit}, "/inspect")["message"]
-            assert f"a {name} is {limit}" in wrong
-            assert f"to {limit - 1}" in wrong
+            error = running.refused(400, {"tokens": tokens, name: limit}, "/inspect")
+            assert f"{name} is {limit}" in error["message"]
+            assert f"to {limit - 1}" in error["message"]
+            assert error["param"] == name
         error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
-        assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
-        assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")
+        assert f"layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
+        error = running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")
+        assert (error["param"], error["message"].endswith("so give fewer")) == ("tokens", True)
 
 
 def test_chat(path: Path) -> None:
@@ -302,7 +305,7 @@ def test_a_client_that_leaves_frees_its_sequences(path: Path, slow: None, stream
         steps = running.metrics()["iteration_tokens_total_count"]
         for connection in connections:
             connection.close()
-        wait_for(lambda: running.engine.load[:2] == (0, 0) and running.server.waiting == 0)
+        wait_for(lambda: running.engine.load[:2] == (0, 0) and running.server.models[0].admitted == 0)
         found = running.metrics()
         assert found["iteration_tokens_total_count"] - steps <= 5  # each cancel takes effect after the step that runs
         assert found["http_requests_client_disconnected_total"] == 6
@@ -336,7 +339,7 @@ def test_two_hundred_cancelled_then_one_answer(path: Path) -> None:
             connection.close()
         assert running.complete(max_tokens=5)["usage"]["completion_tokens"] == 5
         assert running.metrics()["generation_tokens_total"] < 200 * 90 / 2
-        wait_for(lambda: running.server.waiting == 0)
+        wait_for(lambda: running.server.models[0].admitted == 0)
         assert running.engine.load[2] <= (running.engine.cache_bytes or 0)
 
 
@@ -347,7 +350,7 @@ def test_the_queue_is_bounded(path: Path, slow: None) -> None:
     """Two run and three wait; more are refused before their prompts are even read as tokens."""
     with live(path, max_live=2, queue=3) as running, ThreadPoolExecutor(5) as pool:
         asked = [pool.submit(running.complete, max_tokens=40, ignore_eos=True) for _ in range(5)]
-        wait_for(lambda: running.server.waiting == 5)
+        wait_for(lambda: running.server.models[0].admitted == 5)
         answer = running.ask("POST", "/v1/completions", {"prompt": "word " * 5000})
         assert (answer.status, answer.headers["retry-after"]) == (429, "1")
         assert answer.json()["error"]["code"] == "queue_full"
@@ -356,6 +359,19 @@ def test_the_queue_is_bounded(path: Path, slow: None) -> None:
         for one in asked:
             assert one.result()["usage"]["completion_tokens"] == 40
         assert running.complete(max_tokens=1)
+
+
+def test_idle_models_do_not_lengthen_the_queue(tmp_path: Path, slow: None) -> None:
+    paths = [tiny(tmp_path, name, seed=1) for name in ("one", "two")]
+    with live(*paths, max_live=2, queue=1) as running, ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(running.complete, model="one", max_tokens=40, ignore_eos=True) for _ in range(3)]
+        wait_for(lambda: running.server.models[0].admitted == 3)
+        assert running.refused(429, HELLO)["code"] == "queue_full"
+        asked += [pool.submit(running.complete, model="two", max_tokens=40, ignore_eos=True) for _ in range(2)]
+        wait_for(lambda: running.server.models[1].admitted == 2)
+        assert running.refused(429, {**HELLO, "model": "two"})["code"] == "queue_full"  # the other model's request waits
+        for one in asked:
+            assert one.result()["usage"]["completion_tokens"] == 40
 
 
 def test_a_call_of_which_one_prompt_can_never_fit_leaves_no_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,8 +469,8 @@ def test_a_client_that_does_not_read(path: Path, monkeypatch: pytest.MonkeyPatch
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         body = {"prompt": ["Hello"] * 60, "max_tokens": 90, "logprobs": 20, "n": 6, "stream": True, "ignore_eos": True}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        wait_for(lambda: running.server.waiting)
-        wait_for(lambda: not running.server.waiting, 60)
+        wait_for(lambda: running.server.models[0].admitted)
+        wait_for(lambda: not running.server.models[0].admitted, 60)
         connection.close()
         assert running.complete(max_tokens=1)
 
@@ -551,12 +567,13 @@ def test_memory_does_not_grow(path: Path) -> None:
 
 @pytest.mark.parametrize("grace_s", [20.0, 0.0])
 def test_draining(path: Path, slow: None, grace_s: float) -> None:
-    """Running requests end within the grace time. After it, streams get an error and waiting clients none."""
+    """Running requests end within the grace time. After it, streams and those that wait for whole answers get an error."""
     with ThreadPoolExecutor(2) as pool:
         with live(path, grace_s=grace_s) as running:
-            body = {"prompt": "Hello", "max_tokens": 60, "ignore_eos": True, "stream": True}
-            stream = pool.submit(running.ask, "POST", "/v1/completions", body)
-            wait_for(lambda: running.engine.load[0] == 1)
+            body = {"prompt": "Hello", "max_tokens": 60, "ignore_eos": True}
+            whole = pool.submit(running.ask, "POST", "/v1/completions", body)
+            stream = pool.submit(running.ask, "POST", "/v1/completions", {**body, "stream": True})
+            wait_for(lambda: running.engine.load[0] == 2)
             running.server.draining = True
             assert running.ask("GET", "/health").status == 503
             assert running.refused(503, HELLO)["code"] == "shutting_down"
@@ -564,6 +581,31 @@ def test_draining(path: Path, slow: None, grace_s: float) -> None:
         assert time.monotonic() - began < 15
         events = stream.result().events()
         assert events[-1] == "[DONE]" if grace_s else "shutting down" in events[-1]["error"]["message"]
+        assert whole.result().status == (200 if grace_s else 503)
+        assert ("shutting_down" in whole.result().body.decode()) == (not grace_s)
+
+
+def test_a_server_leaves_the_socket_of_another_one(path: Path, tmp_path: Path) -> None:
+    """Also after the system gave the new socket the number of the old one. A socket that is gone is no error."""
+    where = tmp_path / "socket"
+    process = ServerProcess("-m", str(path), "-t", "1", "--uds", str(where))
+    where.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(where))
+        assert process.end() == (0, b"", b"")
+        assert where.exists()
+    process = ServerProcess("-m", str(path), "-t", "1", "--uds", str(tmp_path / "gone"))
+    (tmp_path / "gone").unlink()
+    assert process.end() == (0, b"", b"")
+
+
+def test_names_of_folders(path: Path, tmp_path: Path) -> None:
+    """A slash at the end, as shells complete it, and a dot."""
+    folder = tmp_path / "gpt2.v1"
+    subprocess.run([*PYGPT, "convert", path, f"{folder}/"], check=True, capture_output=True, env=environment())
+    process = ServerProcess("-m", f"{folder}/", "-t", "1")
+    assert process.line.startswith("pygpt: serving gpt2.v1 at ")
+    assert process.end() == (0, b"", b"")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -615,6 +657,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
         (["--root-path", "gpt"], ["gpt", "/"]),
         (["--cors-origins", "a.example"], ["a.example"]),
+        (["--cors-origins", "https://a.example/"], ["https://a.example/", "without a path"]),
     ],
     ids=str,
 )
@@ -647,7 +690,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     for name in [name for name in sys.modules if name.startswith("pygpt.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert_refuses(serve.main, capsys, [], "starlette", "pip install 'pygpt[serve]'", status=1)
+    assert_refuses(serve.main, capsys, [], "starlette", "python -m pip install starlette uvicorn", status=1)
 
 
 def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import pygpt
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 CLIENTS = 12
-CACHE = 1 << 20  # bytes: so small that it is full soon
+CACHE = 4 << 20  # bytes of four models: so small that it is full soon
 SLACK = {
     "bytes": 24 << 20,
     "descriptors": 2 * CLIENTS,

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import InputError, PyGPTError
-from ..console import Parser, check_stdout, whole
+from ..console import Parser, check_stdout, say, whole
 from .measuring import print_table
 
 SIGMA = 0.5  # of the logarithms of lengths
@@ -127,11 +127,17 @@ async def measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
     await (arrivals() if options.rate else asyncio.gather(*(client() for _ in range(clients))))
     seconds, running = time.perf_counter() - began, False
     await disturbing
-    good = [answer for answer in answers.values() if answer is not None]
+    good = [answer for answer in answers.values() if isinstance(answer, tuple)]
+    if len(good) < len(bodies):
+        failed = f"{len(bodies) - len(good)} of {len(bodies)} requests failed, such as with "
+        failed += next(repr(answer) for answer in answers.values() if isinstance(answer, str))
+        if not good:
+            raise PyGPTError(f"{options.serve}: {failed}")
+        say(f"{options.serve}: {failed}")
     equal = None
     if options.check:
         pairs = [(await ask(options, body), answers[number]) for number, body in enumerate(bodies)]
-        equal = sum(again is not None and first is not None and again[0] == first[0] for again, first in pairs)
+        equal = sum(again[0] == first[0] for again, first in pairs if isinstance(again, tuple) and isinstance(first, tuple))
     gaps = [[1000 * (b - a) for a, b in pairwise(times[1:])] for _, times in good]
     tokens = sum(len(times) - 1 for _, times in good)
     firsts = [1000 * (times[1] - times[0]) if len(times) > 1 else math.inf for _, times in good]
@@ -154,8 +160,8 @@ def spread(values: Iterable[float]) -> list[float]:
     return [ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100], ordered[-1]]
 
 
-async def ask(options: argparse.Namespace, body: dict[str, Any]) -> tuple[str, list[float]] | None:
-    """Stream a completion; return its text, and the times of the request and of each token, or None if it failed."""
+async def ask(options: argparse.Namespace, body: dict[str, Any]) -> tuple[str, list[float]] | str:
+    """Stream a completion; return its text, and the times of the request and of each token. If it failed, return why."""
     url = urlsplit(options.serve)
     data = json.dumps({**body, "stream": True}).encode()
     key = f"Authorization: Bearer {options.key}\r\n" if options.key else ""
@@ -165,20 +171,21 @@ async def ask(options: argparse.Namespace, body: dict[str, Any]) -> tuple[str, l
         reader, writer = await asyncio.open_connection(url.hostname, url.port or 80, limit=1 << 24)
     except OSError as error:
         raise PyGPTError(f"cannot reach {options.serve}: {error.strerror or error}") from None
-    times, text, done = [time.perf_counter()], "", False
+    times, text, done, why = [time.perf_counter()], "", False, "no answer"
     try:
         writer.write(head.encode() + data)
         async for line in reader:
             done = done or line.startswith(b"data: [DONE]")
-            if line.startswith(b"data: {"):
-                found = json.loads(line[6:])
+            why = line.decode("latin-1").strip() if line.startswith(b"HTTP/") else why
+            if line.startswith((b"data: {", b"{")):
+                found = json.loads(line.removeprefix(b"data: "))
                 if "error" in found:
-                    return None
+                    return str(found["error"]["message"])
                 if piece := found["choices"][0]["text"]:  # some servers send an empty one at the end
                     times.append(time.perf_counter())
                     text += piece
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError, LookupError, TypeError):
+        return why
     finally:
         writer.close()
-    return (text, times) if done else None
+    return (text, times) if done else why

@@ -175,8 +175,7 @@ class Engine:
     def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
         """Run one iteration of training on a batch (B, T). adamw: lr, beta1, beta2 and eps.
 
-        Return the mean `loss` before the update, and the seconds of `forward`, `backward`, `norm` and `update`. The norm of the
-        gradient is computed but not used."""
+        Return the mean `loss` before the update, and the seconds of `forward`, `backward`, `norm` (not used) and `update`."""
         raise NotImplementedError("this peer cannot train")
 
 

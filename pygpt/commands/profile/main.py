@@ -5,7 +5,7 @@
     pygpt profile -m gpt2_124M.bin --weights q8_0   the same with weights that are quantised in memory
     pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
     pygpt profile --speculate auto -n 64            with speculation: draft, verify and rollback apart
-    pygpt profile --skip all                        only the hotspots, in a second
+    pygpt profile --skip all                        only the hotspots and predictions, in a second
     pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
     pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
 
