@@ -83,8 +83,9 @@ class Change:
         edit = value if isinstance(value, Edit) else Edit(None, value)
         self._operation, self._at = edit.operation, edit.at(config, self.name)
         try:
-            array = np.asarray(edit.value, np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="raise"):
+                array = np.asarray(edit.value).astype(np.float32, casting="same_kind", copy=False)
+        except (TypeError, ValueError, FloatingPointError):
             raise InputError(f"{self.what} is {shown(edit.value)}: give numbers, a function, add() or scale()") from None
         one = (config.NH, T) if self.name == "probs" else (width_of(config, self.name),)
         shapes = [(), one, (*one[:-1], T, one[-1])]  # one number, one position, all positions
@@ -102,8 +103,9 @@ class Change:
         given = x if self.position is None else x[..., 0, :]
         result = self.function(given)
         try:
-            new = np.broadcast_to(np.asarray(given if result is None else result, np.float32), given.shape)
-        except (TypeError, ValueError):
+            with np.errstate(over="raise"):
+                new = np.broadcast_to(given if result is None else result, given.shape).astype(np.float32, casting="same_kind")
+        except (TypeError, ValueError, FloatingPointError):
             got = f"an array {result.shape}" if isinstance(result, np.ndarray) else shown(result)
             raise InputError(f"{self.what}: the function returned {got}: it must return numbers {given.shape}") from None
         return new if self.position is None else np.expand_dims(new, -2)

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import __version__
 from ._kernels import cpu_info
-from .errors import Closing, InputError, PyGPTError, is_whole, shown
+from .errors import Closing, InputError, PyGPTError, check_whole, is_whole, shown
 from .formats.open import sha256_of
 from .generation.engine import LIVE, Engine, Job
 from .generation.logprobs import score
@@ -42,8 +42,8 @@ class Complete(Closing):
     GPT2.generate(); a row can override them.
 
     A row has an "id", a whole number or a string, and a "prompt" (text) or "tokens" (ids). To complete it, it can have options
-    of its own, a "seed" included. To score it, it has "continuations", a list of texts or of lists of ids. A text is encoded
-    alone, so begin it with its space."""
+    of its own, a "seed" included. To score it, without edits, it has "continuations", a list of texts or of lists of ids.
+    A text is encoded alone, so begin it with its space."""
 
     def __init__(
         self,
@@ -58,8 +58,9 @@ class Complete(Closing):
         batch_size: int = LIVE,
         **options: Any,
     ) -> None:
-        if not is_whole(seed, 0, 2**64 - 1):
-            raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to 2^64 - 1")
+        check_whole("seed", seed, 0, 2**64 - 1, " from 0 to 2^64 - 1")
+        if "top_logprobs" in options:
+            raise InputError("top_logprobs is an option of generate(): give logprobs instead")
         self.path = find_model(model)[0]
         self.model = GPT2.load(self.path, threads=threads, mmap=mmap, weights=weights)
         self.seed, self.logprobs, self.keep_going, self.batch_size = seed, logprobs, keep_going, batch_size
@@ -87,6 +88,8 @@ class Complete(Closing):
 
     def check(self, row: Row) -> Request | tuple[list[int], list[list[int]]]:
         """Return a row's request, or the ids of the prompt and the continuations to score. Raises InputError for a bad row."""
+        if not hasattr(row, "items"):
+            raise InputError(f'a row is {shown(row)}: it must be a dict, such as {{"id": 1, "prompt": "To be"}}')
         key = row.get("id")
         if not isinstance(key, str) and not is_whole(key, -(2**63), 2**64 - 1):
             raise InputError(f'"id" is {shown(key)}: it must be a string or a whole number of 64 bits')
@@ -101,7 +104,7 @@ class Complete(Closing):
 
     def _continuations(self, row: Row, prompt: int) -> list[list[int]]:
         given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
-        if surplus := sorted(set(row) - {"id", "prompt", "tokens", "continuations"}):
+        if surplus := sorted({*row, *filter(self._options.get, ["edits"])} - {"id", "prompt", "tokens", "continuations"}):
             raise InputError(f'{surplus[0]!r} is an option of completions, and "continuations" are scored: leave one out')
         if not isinstance(given, list) or not given:
             raise InputError(f'"continuations" is {shown(given)}: it must be a list of texts or of lists of ids')
@@ -128,14 +131,14 @@ class Complete(Closing):
         one), tokens and logprobs (of each token). Raises InputError for a bad row unless keep_going."""
         source, ended = iter(rows), False
         engine = self.model.engine(max_live=self.batch_size)
-        pending: deque[tuple[Row, Job | Answer]] = deque()
+        pending: deque[tuple[Any, Job | Answer]] = deque()
         live: set[Job] = set()
         try:
             while pending or not ended:
                 if pending and (isinstance(pending[0][1], dict) or pending[0][1].done):
                     yield self._answer(*pending.popleft())
                 elif not ended and len(live) < 2 * self.batch_size and len(pending) < AHEAD:
-                    if ended := (row := next(source, None)) is None:
+                    if ended := (row := next(source, source)) is source:
                         continue
                     pending.append((row, begun := self._begin(row, engine)))
                     if not isinstance(begun, dict):
@@ -145,7 +148,7 @@ class Complete(Closing):
         finally:
             engine.close()
 
-    def _begin(self, row: Row, engine: Engine) -> Job | Answer:
+    def _begin(self, row: Any, engine: Engine) -> Job | Answer:
         """Add a row's request to the engine, or score the row; return the job or the answer."""
         try:
             asked = self.check(row)
@@ -168,7 +171,7 @@ class Complete(Closing):
 
     def _failed(self, row: Row, error: Exception) -> Answer:
         if self.keep_going:
-            return {"id": row.get("id"), "error": str(error)}
+            return {"id": row.get("id") if hasattr(row, "items") else None, "error": str(error)}
         raise error
 
     def _score(self, prompt: list[int], continuations: list[list[int]]) -> list[Answer]:

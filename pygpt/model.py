@@ -120,7 +120,7 @@ class GPT2(Generator):
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
         caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after
-        close(). edits: changes of every sequence's activations, as in activations(); arrays and functions fit these rows."""
+        close(). edits: of all sequences, as in activations(); an array fits one position, a function gets these rows."""
         watch = None
         if edits is not None:
             from .activations import Edits, Watch
@@ -219,6 +219,8 @@ class GPT2(Generator):
         import numpy as np
 
         place, maxT, streams = ("residual3", self.config.L - 1, None), self.config.maxT, np.atleast_2d(streams)
+        if streams.shape[1:] != (self.config.C,):
+            raise InputError(f"streams have shape {streams.shape}: they must be residuals of shape (N, {self.config.C})")
         found = np.empty((len(streams), self.config.V), np.float32)
         for start in range(0, len(streams), maxT):
             part, out = streams[start : start + maxT], {"logits": found[start : start + maxT]}

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")
     add("--shard", metavar="I/N", default="0/1", help="answer only part I of N, counted from 0 (default 0/1)")
     add("--force", action="store_true", help="begin again, and replace OUT")
-    add("--keep-going", action="store_true", help="write an error for a line that cannot be answered, instead of stopping")
+    add("--keep-going", action="store_true", help="write an error for a bad line; but each line must be JSON with its own id")
     add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("--batch-size", metavar="N", type=whole(1, 1 << 20), default=64, help="sequences in one step (default 64)")
@@ -194,9 +194,9 @@ def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
 
 def compare(path: str, record: Row) -> None:
     """Raise InputError if the record of the job that began OUT is missing or differs from this record."""
-    name = f"{path}.job.json"
+    name, there = f"{path}.job.json", path if os.path.exists(path) else f"{path}.part"
     if not os.path.exists(name):
-        raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
+        raise InputError(f"{there}: exists without {name}: give another name, or --force to replace it")
     before = None
     with suppress(OSError, ValueError, RecursionError), open(name, "rb") as file:
         before = json.load(file)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..activations import zero
-from ..errors import plural
+from ..errors import InputError, plural
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> None:
     check_stdout("the result")
     if options.plot is not None:
         matplotlib()  # if it is missing, report that now
-        os.makedirs(options.plot, exist_ok=True)
+        try:
+            os.makedirs(options.plot, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"--plot is {options.plot!r}: {error.strerror}: give a folder, which may be new") from None
     path = find_model(options.model)[0]
     with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
         tokenizer = tokenizer_of(model.config)

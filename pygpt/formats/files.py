@@ -185,6 +185,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
+        if isinstance(error, FileNotFoundError) and (error.filename, error.filename2) == (temporary, None):
+            error.filename = os.path.dirname(path)
         if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # not ours
             with suppress(OSError):
                 os.unlink(temporary)

@@ -116,7 +116,8 @@ def mean_loss(tokens: Iterable[int]) -> Metric:
     """Return the metric that is the mean loss of these tokens after the first, in nats. Raises InputError for fewer than 2."""
     if not (targets := list(tokens)[1:]):
         raise InputError("the mean loss needs at least 2 tokens, because the first has no prediction")
-    return lambda logits: -fmean(token_info(logits.data, row, token, 1).logprob for row, token in enumerate(targets))
+    places = [Logit(token, position=row) for row, token in enumerate(targets)]
+    return lambda x: -fmean(token_info(x[[at.row(*x.shape)]].astype(np.float32).data, 0, at.token, 1).logprob for at in places)
 
 
 def ablate_heads(model: GPT2, tokens: Tokens, metric: Metric | None = None) -> Float64:
@@ -204,6 +205,8 @@ class SparseAutoencoder(NamedTuple):
     def top(self, residual: Float32, k: int = 10) -> list[tuple[int, float]]:
         """Return the k strongest active features of one residual (C,) with their values, the strongest first."""
         features = self.encode(residual).reshape(-1)
+        if features.shape != self.b_enc.shape:
+            raise InputError(f"residuals have shape {np.shape(residual)}: top() takes one of shape {self.b_dec.shape}")
         best = np.argsort(-features, kind="stable")[: check_whole("k", k, 1, features.size)]
         return [(int(feature), float(features[feature])) for feature in best if features[feature] > 0]
 
@@ -263,10 +266,12 @@ def named_activations(model: GPT2, tokens: Tokens, names: str | Iterable[str]) -
 def save_activations(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write arrays by name as float32 to a .npz or .safetensors file, which gets its name only when it is complete.
 
-    Raises InputError for another ending."""
+    Raises InputError for another ending, and for a name that the formats cannot hold."""
     name = os.fspath(path)
     if not name.endswith((".npz", ".safetensors")):
         raise InputError(f"{name}: activations are written to a file that ends in .npz or .safetensors")
+    if bad := [key for key in arrays if not isinstance(key, str) or key in ("file", "allow_pickle", "__metadata__")]:
+        raise InputError(f"an array's name is {shown(bad[0])}: give a text other than file, allow_pickle and __metadata__")
     floats = {key: np.asarray(array, np.float32) for key, array in arrays.items()}
     with atomic_file(path) as file:
         if name.endswith(".npz"):

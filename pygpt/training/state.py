@@ -137,16 +137,20 @@ class TrainingState(Closing):
         """Copy the file's values to three buffers (P,): parameters, and the slice `own` of the moments (default: all).
 
         Raises InputError for other buffers, ClosedError after close()."""
-        P = self.config.parameters(padded=True)
+        P, view = self.config.parameters(padded=True), self.view()
         if (sizes := [buffer.size for buffer in buffers]) != [P] * BUFFERS:
             raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {P} for {self.config}")
         for i, buffer in enumerate(buffers):
             first, last, _ = (own if own and i else slice(None)).indices(P)
             start = self._values + 4 * i * P
-            try:
-                buffer.data.cast("B")[4 * first : 4 * last] = self._view[start + 4 * first : start + 4 * last]
-            except ValueError:
-                raise ClosedError(f"{self.path}: the training state is closed") from None
+            buffer.data.cast("B")[4 * first : 4 * last] = view[start + 4 * first : start + 4 * last]
+
+    def view(self) -> memoryview:
+        """Return the file's bytes, which stay mapped as long as the view. Raises ClosedError after close()."""
+        try:
+            return self._view[:]
+        except ValueError:
+            raise ClosedError(f"{self.path}: the training state is closed") from None
 
     def close(self) -> None:
         """Unmap the file. May be called twice."""

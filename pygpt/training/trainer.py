@@ -57,8 +57,7 @@ class Trainer(Uncopied):
     ) -> None:
         if not isinstance(options, TrainingOptions | None):
             raise InputError(f"options are {shown(options)}: they must be TrainingOptions")
-        longest = engine.config.maxT
-        if longest < loader.T:
+        if (longest := engine.config.maxT) < loader.T:
             raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens; make T smaller")
         self.engine, self.loader = engine, loader
         self.options = options or TrainingOptions()
@@ -156,8 +155,7 @@ class Trainer(Uncopied):
     def evaluate(self, loader: DataLoader, batches: int) -> float:
         """Return the mean loss over the next `batches` batches of a loader, then restore the loader's position.
 
-        Several ranks share the batches. Raises InputError for a bad number of batches, NumericalError if a loss is not finite.
-        """
+        The ranks share the batches. Raises InputError for a bad number of batches, NumericalError if a loss is not finite."""
         batches = check_whole("batches", batches, 1, 1 << 30)
         start, counts = loader.state(), self._counts(loader, batches)
         rank, size = self.ranks.rank, self.ranks.size
@@ -217,9 +215,9 @@ class Trainer(Uncopied):
                 return self.restore(found) or notice
         if state.config != self.engine.config:
             raise InputError(f"{state.path}: the state has a model of {state.config}, expected {self.engine.config}")
+        state.view()  # a closed state changes nothing
         self.loader.restore(state.progress.loader)
-        self._whole = False
-        engine = self.engine
+        engine, self._whole = self.engine, False
         state.read_into([engine.parameters, engine.first_moments, engine.second_moments], self._shared.own)
         self.done, self.options, self._file = state.progress.step, state.progress.options, state.path
         self._whole = True

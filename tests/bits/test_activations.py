@@ -448,6 +448,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"edits": {("lnf", 2, 0): 1}}, "lnf .*None"),
     ({"edits": {("ln1", 0, T): 1}}, "position is 30: .*0 to 29"),
     ({"edits": {("ln1", 0, 0): "a"}}, "give numbers, a function, add"),
+    ({"edits": {("ln1", 0, 0): None}}, "is None: give numbers, a function, add"),
+    ({"edits": {("ln1", 0, 0): [None] * 33}}, "give numbers, a function, add"),
+    ({"edits": {("ln1", 0, 0): "1.5"}}, "is '1.5': give numbers, a function, add"),
+    ({"edits": {("ln1", 0, 0): 10**400}}, "give numbers, a function, add"),
+    ({"edits": {("ln1", 0, 0): add(1e39)}}, r"is 1e\+39: give numbers, a function, add"),
     ({"edits": {("ln1", 0, 0): np.zeros(32)}}, r"\(32,\).*\(\) or \(33,\)$"),
     ({"edits": {("ln1", 0, 0): np.zeros((1, 33))}}, r"\(1, 33\): .*\(33,\)"),
     ({"edits": {("ln1", 0, None): np.zeros((29, 33))}}, r"\(\) or \(33,\) or \(30, 33\)"),
@@ -462,6 +467,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"function .*\(30, 3\): .*\(30, 33\)",
     ),
     ({"edits": {("ln1", 0, 3): lambda x: "no"}}, r"function .*'no': .*\(33,\)"),
+    ({"edits": {("ln1", 0, 3): lambda x: [None] * 33}}, r"function .*None, .*\(33,\)"),
+    ({"edits": {("ln1", 0, 3): lambda x: 1e39}}, r"function .*1e\+39: .*\(33,\)"),
 ]
 
 

@@ -137,6 +137,25 @@ def test_a_completion_that_fails(model: str) -> None:
                 job(columns)  # type: ignore[arg-type]
 
 
+def test_a_row_that_is_not_a_dict(model: str) -> None:
+    rows: list[Any] = [{"id": 1, "tokens": [1]}, None, {"id": 2, "tokens": [2]}, 5, "abc"]
+    with Complete(model, threads=1, keep_going=True) as job:
+        found = list(job.rows(rows))
+    assert [row["id"] for row in found] == [1, None, 2, None, None]
+    assert "a row is None" in found[1]["error"]
+    with Complete(model, threads=1) as job, pytest.raises(InputError, match=r"a row is None: .*dict"):
+        list(job.rows(rows))
+
+
+def test_scores_are_of_the_unchanged_network(model: str) -> None:
+    row = {"id": 1, "tokens": [1], "continuations": [[2]]}
+    with Complete(model, threads=1, edits={}) as job:
+        assert len(list(job.rows([row]))) == 1
+    refusal = pytest.raises(InputError, match="'edits' is an option of completions")
+    with Complete(model, threads=1, edits={("residual3", 0, None): 5.0}) as job, refusal:
+        list(job.rows([row]))
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_jobs_continue_to_the_same_bytes(folder: Path, kills: int) -> None:
     """A job is killed each time that its answers reach a random size, possibly in the middle of a line."""
@@ -228,7 +247,9 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     record.write_text("[]")
     refused(capsys, words, "not the record")
     record.unlink()
-    refused(capsys, words, "exists without")
+    refused(capsys, words, "out.jsonl: exists without")
+    os.rename("out.jsonl", "out.jsonl.part")
+    refused(capsys, words, "out.jsonl.part: exists without")
     assert answers("--force") == whole
     write(ROWS[:3])
     refused(capsys, words, "began with input")
@@ -354,3 +375,5 @@ def test_bad_options_are_refused_by_the_constructor(model: str) -> None:
     for options in ({"seed": -1}, {"temperature": -1.0}, {"batch_size": 0}, {"max_new_tokens": 10**6}, {"logprobs": -1}):
         with pytest.raises(PyGPTError):
             Complete(model, threads=1, **options)
+    with pytest.raises(InputError, match="give logprobs"):
+        Complete(model, threads=1, top_logprobs=2)

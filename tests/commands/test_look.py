@@ -112,9 +112,10 @@ def test_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], words
     assert_refuses(main, capsys, arguments, *words)
 
 
-def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("folder", ["/dev/null/x", "/dev/null", ""])
+def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     pytest.importorskip("matplotlib")
-    assert_refuses(main, capsys, [TEXT, "--plot", "/dev/null/x"], "/dev/null/x", status=1)
+    assert_refuses(main, capsys, [TEXT, "--plot", folder], f"--plot is '{folder}'", "give a folder")
 
 
 def test_the_process() -> None:

@@ -137,9 +137,17 @@ def test_the_loss_by_position(model: GPT2, weights: dict[str, Array]) -> None:
     for metric in loss_by_position, ablate_heads:
         with pytest.raises(InputError, match="at least 2"):
             metric(model, [1])
+    logits: Any = model.logits(IDS)
+    for other in (np.asfortranarray(logits), logits.astype(float).repeat(2, axis=0)[::2], logits[:-1]):
+        assert mean_loss(IDS)(other) == mean_loss(IDS)(logits)
+    for few, named in ((logits[:3], "position is 3: .*2"), (logits[:, :40], "token is 96: .*39")):
+        with pytest.raises(InputError, match=named):
+            mean_loss(IDS)(few)
     last = model.activations(IDS, "residual3")["residual3"][-1, -1]
     assert np.array_equal(model.logits_of(last), model.logits(IDS)[-1:])
     assert Logit(11)(model.logits_of(last)[0]) == Logit(11)(model.logits(IDS))
+    with pytest.raises(InputError, match=r"streams have shape \(2, 3\): .*\(N, 16\)"):
+        model.logits_of(np.zeros((2, 3), np.float32))
 
 
 def test_induction_scores_of_patterns_made_by_hand() -> None:
@@ -357,6 +365,8 @@ def test_refused_autoencoders(tmp_path: Path) -> None:
         sae.steer(0, math.inf)
     with pytest.raises(InputError, match="k is 0"):
         sae.top(np.zeros(16, np.float32), 0)
+    with pytest.raises(InputError, match=r"shape \(3, 16\): .*\(16,\)"):
+        sae.top(np.ones((3, 16), np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,6 +418,12 @@ def test_activations_are_saved(tmp_path: Path, model: GPT2) -> None:
         save_activations(tmp_path / "a.txt", found)
     with pytest.raises(TypeError):
         save_activations(tmp_path / "b.npz", {"a": object()})  # type: ignore[dict-item]
+    for ending in ("npz", "safetensors"):
+        for name in ("file", "allow_pickle", 3, "__metadata__"):
+            with pytest.raises(InputError, match=f"name is {name!r}"):
+                save_activations(tmp_path / f"b.{ending}", {name: np.zeros(2)})  # type: ignore[dict-item]
+    with pytest.raises(FileNotFoundError, match=r"/none'$"):
+        save_activations(tmp_path / "none" / "a.npz", found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.safetensors"]
 
 

@@ -524,8 +524,12 @@ def test_a_closed_state(saved: tuple[bytes, Trainer], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="buffers of"):
             found.read_into([np.zeros(3, np.float32)] * 3)
     found.close()
+    healthy, other = trainer(), trainer()
+    place = healthy.loader.state()
     with pytest.raises(ClosedError, match="closed"):
-        trainer().restore(found)
+        healthy.restore(found)
+    assert healthy.loader.state() == place
+    assert steps(healthy, 1) == steps(other, 1)
 
 
 def test_too_much_json(tmp_path: Path) -> None:
