@@ -447,8 +447,7 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
 
 
 cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
-    """Return the number of phases of a step: the encoder, seven for each layer, the last layernorm and the logits if logits
-    are wanted, and the loss if it is wanted."""
+    """Return the number of phases of a step: encoder, seven a layer, last layernorm and logits if wanted, loss if wanted."""
     return 1 + LAYER_PHASES * net.L + (2 if s.W else 0) + (1 if s.losses != NULL else 0)
 
 
@@ -1113,8 +1112,7 @@ def greedy(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
 
 
 def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
-    """Return the median id of softmax(logits[row]) in id order: the first id whose running sum exceeds 0.5 (sampler.h).
-    Returns -1 if the logits are not finite."""
+    """Return the first id at which the running sum of softmax(logits[row]) exceeds 0.5, or -1 if logits are not finite."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1], token
     cdef Floats e = Floats(1, V)

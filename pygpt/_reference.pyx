@@ -21,8 +21,6 @@ from .config import ACTIVATIONS, HEAD, TENSORS
 
 
 # ---------------------------------------------------------------- kernels, forward
-
-
 cdef void encoder_forward(
         float* out,                                   # OUT (B, T, C)
         const int* tokens, const float* wte, const float* wpe,  # IN (B, T), (V, C), (maxT, C)
@@ -236,8 +234,6 @@ cdef void crossentropy_forward(
 
 
 # ---------------------------------------------------------------- kernels, backward: dX is the loss's gradient by X
-
-
 cdef void crossentropy_softmax_backward(
         float* dlogits, float dloss,                  # OUT (N, V), IN the gradient of every loss
         const float* probs, const int* targets,       # IN (N, V), (N,)
@@ -383,8 +379,6 @@ cdef void encoder_backward(
 
 
 # ---------------------------------------------------------------- the optimiser
-
-
 cdef struct Adam:  # parameters.AdamW in float32
     float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, gradient_scale, decay
 
@@ -413,8 +407,6 @@ cdef double sum_of_squares(const float* values, Py_ssize_t size) noexcept nogil:
 
 
 # ---------------------------------------------------------------- the network
-
-
 cdef struct Shape:
     Py_ssize_t B, T, C, L, NH, V, F
     int activation
@@ -589,8 +581,6 @@ cdef int network_backward(
 
 
 # ---------------------------------------------------------------- the Python interface
-
-
 def _floats(size):
     """Return `size` zeroed float32 values as a flat memoryview."""
     return memoryview(bytearray(4 * size)).cast("f")

@@ -5,7 +5,7 @@ begin() and end() report a truncated file. If another process truncates a file i
 system ends this process with SIGBUS and without a message. A handler in Python would run too late, because the faulting
 instruction can never complete. Only commands may call begin(): a library must not take a signal from its program.
 
-see_through() completes a piece of work for the pool, even if signal handlers raise exceptions during it."""
+see_through() and holding() complete work of the pool, even if signal handlers raise exceptions meanwhile."""
 
 from libc.string cimport memcpy
 
@@ -82,6 +82,17 @@ def end() -> None:
     if bus_size:
         bus_end()
         bus_size = 0
+
+
+def holding(lock, call):
+    """Return call(), and hold the lock meanwhile.
+
+    From Python 3.14 on, a signal handler can raise between a lock's __enter__() and the body of `with`: it stays held."""
+    lock.acquire()
+    try:
+        return call()
+    finally:
+        lock.release()
 
 
 def see_through(proceed, Py_ssize_t tries=0) -> None:

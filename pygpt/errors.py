@@ -94,8 +94,7 @@ def check_flag(name: str, value: "Any", meaning: str = "") -> bool:
 
 
 def sequence(tokens: "Any") -> "list[SupportsIndex]":
-    """Return token ids as a list, unchecked. An array or a tensor may have the shape (T,) or (1, T). Raises InputError for
-    another shape, and for anything that is not iterable."""
+    """Return token ids as a list, unchecked. An array or a tensor may be (T,) or (1, T). Raises InputError for others."""
     shape = tuple(getattr(tokens, "shape", ()))
     if len(shape) > 2 or (len(shape) == 2 and shape[0] != 1):
         rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
-from ._signals import see_through
+from ._signals import holding, see_through
 from .cpus import MAX_THREADS, check_threads, runnable
 from .errors import ClosedError, Closing, PyGPTError, check_whole
 
@@ -74,9 +74,9 @@ class ThreadPool(Closing):
         Raises InputError for bad workers, ClosedError after close(), and PyGPTError inside a job of this pool."""
         enough = self.nth if workers is None else min(check_whole("workers", workers, 1, MAX_THREADS), self.nth)
         self._refuse_own_workers()
-        with self._turn:
-            if self._busy:  # inside a job, before() or after(), or in a signal handler that interrupts them
-                raise PyGPTError(OWN_POOL)
+
+        def rounds() -> "T | None":
+            self._refuse_nested()
             self._busy = True
             try:
                 if self._closed:
@@ -95,19 +95,27 @@ class ThreadPool(Closing):
             finally:
                 self._busy = False
 
+        return holding(self._turn, rounds)
+
     def close(self) -> None:
         """Stop the threads and wait for them in the order they were made. Waits for a running job; may be called twice."""
         self._refuse_own_workers()
-        with self._turn:
-            if self._busy:  # inside a job, before() or after(), or in a signal handler that interrupts them
-                raise PyGPTError(OWN_POOL)
-            self._closed = True
-            if self._workers is not None:
-                self._workers.stop()
-                self._workers.join()
-                self._finalizer.detach()
-                self._workers.ends = []  # break the cycle: threads must not be left to the garbage collector (see _pools)
-                self._workers = None
+        holding(self._turn, self._close)
+
+    def _close(self) -> None:
+        self._refuse_nested()
+        self._closed = True
+        if self._workers is not None:
+            self._workers.stop()
+            self._workers.join()
+            self._finalizer.detach()
+            self._workers.ends = []  # break the cycle: threads must not be left to the garbage collector (see _pools)
+            self._workers = None
+
+    def _refuse_nested(self) -> None:
+        """Refuse a call inside a job, before() or after(), or in a signal handler that interrupts them."""
+        if self._busy:
+            raise PyGPTError(OWN_POOL)
 
     def _refuse_own_workers(self) -> None:
         """Refuse a worker of this pool: it would wait for its turn until its own job ends."""
@@ -196,10 +204,7 @@ class _Workers:
     def proceed(self) -> bool:
         """Do the caller's side of a round, from the stage that it has reached. Return True: the round is over."""
         if self.stage == self.POST:
-            with self.lock:
-                for kind in range(1 + (self.active > self.few)):
-                    self.rounds[kind] = self.round
-                    self.wakes[kind].notify_all()
+            holding(self.lock, self.announce)
             self.stage = self.WORK
         if self.stage == self.WORK:
             self.stage = self.ABANDONED  # until the share is done
@@ -218,6 +223,12 @@ class _Workers:
         while self.finished != self.round:
             self.done.acquire()
         return True
+
+    def announce(self) -> None:
+        """Wake the workers of a new round."""
+        for kind in range(1 + (self.active > self.few)):
+            self.rounds[kind] = self.round
+            self.wakes[kind].notify_all()
 
     # ---- the other workers
 
@@ -254,9 +265,8 @@ class _Workers:
 
     def stop(self) -> None:
         """Ask the workers to stop as soon as they are idle."""
-        with self.lock:
-            self.stopping = True
-            self.notify()
+        self.stopping = True
+        self.notify()
         if threading.current_thread() in self.threads:
             # The garbage collector runs this in a worker that may have read `stopping` and be about to wait. The worker holds
             # the lock until it can be notified, so only another thread can notify it in time.
@@ -265,9 +275,7 @@ class _Workers:
 
     def notify(self) -> None:
         """Wake all workers that wait."""
-        with self.lock:
-            for wake in self.wakes:
-                wake.notify_all()
+        holding(self.lock, lambda: list(map(threading.Condition.notify_all, self.wakes)))
 
     def join(self, deadline: float | None = None) -> None:
         """Wait for the workers in the order they were made, until time.monotonic() passes the deadline (None: without end)."""

@@ -113,8 +113,7 @@ def log_sums(rows: Losses) -> Losses:
 def blocks(
     models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]
 ) -> Iterator[tuple[list[Losses], Sequence[int]]]:
-    """Run tokens through each model. Yield the last len(targets) rows in blocks: the logits of each model, [16, V], and the
-    rows' targets, which are the successors of their tokens."""
+    """Run tokens through each model. Yield blocks of the last len(targets) rows: each model's logits, [16, V], and targets."""
     caches = [model.new_cache(len(tokens)) for model in models]
     silent = len(tokens) - len(targets)  # number of rows that are only context
     for start in range(0, len(tokens), ROWS):

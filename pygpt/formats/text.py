@@ -53,8 +53,7 @@ def plain(text: Iterable[str]) -> Iterator[str]:
 def given_text(text: str) -> str:
     """Return a text that the user typed, pasted or gave as an argument, as read_text() would read it.
 
-    Where the locale's encoding cannot represent a byte, Python gives half a surrogate pair instead. The bytes are then read as
-    UTF-8. Raises InputError if they are not UTF-8."""
+    Python gives half a surrogate pair for a byte outside the locale's encoding. Raises InputError if they are not UTF-8."""
     try:
         text = text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 class Memory:
     """A cache and its tokens, for one completion at a time.
 
-    A token is added to `tokens` after the cache has it, and removed before the cache drops it. So `tokens` never has a token
-    that the cache does not have, even after an interruption."""
+    `tokens` never has a token that the cache lacks, even after an interruption: it is added later, and removed earlier."""
 
     def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache

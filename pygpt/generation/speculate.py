@@ -103,8 +103,7 @@ class Speculation:
 
 
 class Draft:
-    """A network that guesses for another one, the target. shared: whether it extends the target's caches. position_bytes: the
-    bytes of its own keys and values for one token."""
+    """A network that guesses for a target. shared: it extends the target's caches. position_bytes: of its own caches."""
 
     def __init__(self, network: "AnyNetwork", *, shared: bool) -> None:
         self.network, self.shared = network, shared
@@ -157,8 +156,7 @@ class Draft:
 
 
 class Speculator:
-    """Guess tokens for the decoding sequences of an engine's steps, as many as pay. drafted, accepted: counts of guesses that
-    were checked, and of those that were right."""
+    """Guess tokens for an engine's decoding sequences, as many as pay. drafted, accepted: checked and right guesses."""
 
     def __init__(self, draft: Callable[[bool], Draft | None]) -> None:
         """draft(make) returns the draft, or None if there is none. It makes a missing draft only if `make` is True."""

@@ -146,8 +146,7 @@ class SharedStep:
         self._inbox: dict[tuple[int, Node], Array] = defaultdict(lambda: np.empty(self._step, np.float32))
 
     def add(self, part: int) -> None:
-        """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees. After the last part, the
-        engine's gradients hold the sum of the last subtree."""
+        """Take the gradients of one of this rank's parts, in order, and add whole subtrees. The engine holds the last sum."""
         if part == self.mine.start:
             self._sums = []  # an interrupted step may have left some
         whole = subtrees(self.mine.start, part + 1, self.parts)

@@ -76,8 +76,7 @@ class Progress:
 class TrainingState(Closing):
     """An open, checked training state whose values stay in the file. Use it in a `with` block, or close() it.
 
-    `config` is the model's shape, `progress` the JSON part. Raises CheckpointError, with the found and the expected numbers,
-    for any file that is not exactly a training state."""
+    `config` is the model's shape, `progress` the JSON part. Raises CheckpointError for a file that is not exactly a state."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.realpath(path)

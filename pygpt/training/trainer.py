@@ -239,7 +239,5 @@ def open_ranks(timeout: float = TIMEOUT_S) -> Ranks:
     try:
         from .mpi import MPIRanks
     except (ImportError, RuntimeError) as error:  # mpi4py, or the MPI library that it loads
-        raise InputError(
-            f"several ranks were started, but MPI is missing ({error}): pip install mpi4py mpich"
-        ) from None
+        raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install mpi4py mpich") from None
     return MPIRanks(timeout)

@@ -297,9 +297,7 @@ def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "pygpt.training.mpi", None)
     assert main(["--data", "data.bin"]) == 2
-    assert re.fullmatch(
-        r"pygpt: error: several ranks were started, .* pip install mpi4py mpich\n", capsys.readouterr().err
-    )
+    assert re.fullmatch(r"pygpt: error: several ranks were started, .* pip install mpi4py mpich\n", capsys.readouterr().err)
 
 
 def test_a_launcher_of_another_mpi_is_one_line(folder: Path) -> None:

@@ -26,7 +26,7 @@ import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, cpus, default_threads
 from pygpt import pool as pool_module
 from pygpt._kernels import Trace
-from pygpt._signals import see_through
+from pygpt._signals import holding, see_through
 from pygpt.cpus import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent
@@ -1316,3 +1316,12 @@ def test_bad_variable(path: Path, monkeypatch: pytest.MonkeyPatch, text: str) ->
     with pytest.raises(InputError, match=r"PYGPT_THREADS is .* from 1 to 256"):
         GPT2.load(path)
     assert pool_threads() == []
+
+
+def test_holding_a_lock_ends_with_the_call() -> None:
+    """On Python 3.14 and newer, `with` can lose a lock: tests/slow/test_load.py meets that."""
+    lock = threading.Lock()
+    assert holding(lock, lock.locked)
+    with pytest.raises(KeyError):
+        holding(lock, lambda: {}["missing"])
+    assert not lock.locked()

@@ -64,8 +64,7 @@ def _missing(name: str) -> list[str]:
 class Peer(AbstractContextManager["Peer"]):
     """An Engine that runs a checkpoint in a child process. Use it in a `with` block, or close() it.
 
-    Raises RuntimeError with one line for every failure: an unknown name, a missing package, a file that the child cannot load,
-    a request beyond the model's maxT, a child that died."""
+    Raises RuntimeError with one line for every failure, such as a missing package or a child that died."""
 
     def __init__(self, name: str, model_path: str | os.PathLike[str], threads: int) -> None:
         if name not in PEERS:
@@ -182,8 +181,7 @@ class Engine:
 def read_weights(path: str) -> tuple[Config, Weights]:
     """Return the sixteen tensors as float32 arrays, with wte unpadded.
 
-    The arrays are copies, like those of a peer's own loader. Each piece is read through a separate map, so that the file's
-    pages do not count in the peer's memory."""
+    The arrays are copies, like a peer's own. Separate maps keep the file's pages out of the peer's memory."""
     import numpy as np
 
     from ...formats.open import open_model

@@ -1,7 +1,6 @@
 """The profiled job, and the recording of its calls and events.
 
-A Call is timed from outside, and its steps contain the events of each worker. All times are nanoseconds of one monotonic clock,
-which the kernels' trace reads too."""
+A Call is timed from outside; its steps hold the workers' events. Times are nanoseconds of the clock of the kernels' trace."""
 
 import hashlib
 import math
