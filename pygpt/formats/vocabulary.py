@@ -175,7 +175,8 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     prefix = bool(found["pre_tokenizer"].get("add_prefix_space"))
     settings = {"add_prefix_space": prefix, **special, "model_max_length": maxT, "tokenizer_class": kind}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
-    vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
-    objects = {FILE: found, SETTINGS: settings, "special_tokens_map.json": special, VOCAB: vocab}
+    added = [{key: token[key] for key in token if key != "eos"} for token in found.get("added_tokens") or []]
+    vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in added}
+    objects = {FILE: found | {"added_tokens": added}, SETTINGS: settings, "special_tokens_map.json": special, VOCAB: vocab}
     files = {name: json.dumps(value, indent=1).encode() for name, value in objects.items()}
     return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")}

@@ -239,6 +239,7 @@ def test_the_prefix_and_the_end_stay_with_a_converted_model(folder: Path, two: b
     written = json.loads(Path("hf/tokenizer_config.json").read_text())
     assert (written["add_prefix_space"], written["eos_token"]) == (True, "<|user|>")
     assert json.loads(Path("hf/config.json").read_text())["eos_token_id"] == 9
+    assert b'"eos"' not in Path("hf/tokenizer.json").read_bytes()  # transformers would print a warning
     for path in ".", "hf", "hf/vocab.json":
         assert load_tokenizer(path).encode("bar") == [5, 2, 3, 4]
         assert load_tokenizer(path).eot == 9
@@ -248,8 +249,8 @@ def test_the_prefix_and_the_end_stay_with_a_converted_model(folder: Path, two: b
     ("name", "content", "named"),
     [
         *[("tokenizer_config", text, r"tokenizer_config\.json") for text in (b"", b"[]", b'{"add_prefix_space": NaN}')],
-        *[("tokenizer_config", {"eos_token": end}, r"tokenizer_config\.json") for end in (5, [], {}, {"content": 5})],
-        *[("tokenizer_config", {"added_tokens_decoder": {"9": token}}, "damaged") for token in (1, "a", {}, {"content": []})],
+        *[("tokenizer_config", b'{"eos_token": %b}' % end, "damaged") for end in (b"5", b"[]", b"{}", b'{"content": 5}')],
+        *[("tokenizer_config", {"added_tokens_decoder": {"9": token}}, "damaged") for token in ("a", ["a"])],
         *[("tokenizer_config", {"added_tokens_decoder": {i: {"content": "new"}}}, "") for i in ("x", "-1", "9" * 5000)],
         ("special_tokens_map", b"{", r"special_tokens_map\.json is not JSON"),
         ("added_tokens", b"[]", r"added_tokens\.json is not a JSON object"),
