@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 VOCABULARY_FILE = os.path.join(os.path.dirname(__file__), "data", "vocab.bpe")
 VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT = "<|endoftext|>"
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # added tokens that end a text, the first one that there is
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # added tokens that end a text if none is marked: the first one
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)  # of an added token
 GPT2_V = 50257
 NEVER = 1 << 62  # the rank of a pair that is not merged
 
@@ -84,7 +85,7 @@ class Tokenizer:
 
     @property
     def eot(self) -> int | None:
-        """The id of `<|endoftext|>`, or of another token that ends a text; None if the vocabulary has none."""
+        """The id that ends a text: as the model's files say, else of `<|endoftext|>` or a similar token; None without one."""
         return self._bpe.eot
 
     @property
@@ -183,7 +184,8 @@ class _Encoding:
         for each in added:
             self.bytes[each["id"]] = each["content"].encode()
         self._rules = {token["content"]: token for token in sorted(added, key=lambda token: -len(token["content"]))}
-        self.eot = next((self._rules[end]["id"] for end in ENDS if end in self._rules), None)
+        ends = [*(token["content"] for token in added if token.get("eos")), *ENDS]
+        self.eot = next((self._rules[end]["id"] for end in ends if end in self._rules), None)
         self._unknown = vocab[model["unk_token"]] if model.get("unk_token") in vocab else None
         self._fuse = bool(model.get("fuse_unk"))
         merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
@@ -368,14 +370,14 @@ class _GPT2(_Encoding):
 
 
 def vocabulary_of(
-    tokens: list[str], merges: "list[Any]", added: dict[str, bool], *, pattern: str | None = None
+    tokens: list[str], merges: "list[Any]", added: dict[str, bool], *, pattern: str | None = None, end: str | None = None
 ) -> "dict[str, Any]":
     """Return a vocabulary in the form of tokenizer.json. tokens: spelled as in vocab.bpe, in the order of their ids.
 
-    added: tokens that are not merged, and whether they are special. pattern: splits the text, by default GPT-2's."""
+    added: tokens that are not merged, and whether they are special. pattern: splits text, else GPT-2's. end: ends a text."""
+    added = added if end is None else added | {end: added.get(end, True)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     model: dict[str, Any] = {"type": "BPE", **dict.fromkeys(("dropout", "unk_token"))}
     model |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), "")
     model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
@@ -384,7 +386,9 @@ def vocabulary_of(
         "version": "1.0",
         **dict.fromkeys(("truncation", "padding", "normalizer")),
         "added_tokens": [
-            {"id": vocab[token], "content": token, **flags, "special": special} for token, special in added.items()
+            {"id": vocab[token], "content": token, **FLAGS, "special": special}
+            | ({"eos": True} if token == end != END_OF_TEXT else {})
+            for token, special in added.items()
         ],
         "pre_tokenizer": byte_level if pattern is None else {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": byte_level | {"use_regex": True},

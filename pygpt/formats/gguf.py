@@ -44,7 +44,7 @@ TENSORS_LIMIT = 2 * len(TENSORS) * LIMITS["L"]
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by value type
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32, INT32, FLOAT = 4, 5, 6
-TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+TOKENS, MERGES, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"
 END_KEYS = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
@@ -250,9 +250,9 @@ class GGUFFile(ModelFile):
             raise self._bad(f"{error} ({meaning})") from None
         if (heads := values.get("gpt2.attention.head_count_kv", config.NH)) != config.NH:
             raise self._bad(f"gpt2.attention.head_count_kv is {shown(heads)}, expected {config.NH} for {config}")
-        _, _, tokens = self._arrays.get(TOKENS, (0, 0, config.V))
-        if tokens != config.V:
-            raise self._bad(f"tokenizer.ggml.tokens has {plural(tokens, 'token')}, but {NAMES['wte']} has {config.V} rows")
+        for key, noun in (TOKENS, "token"), (TOKEN_TYPES, "type"):
+            if (number := self._arrays.get(key, (0, 0, config.V))[2]) != config.V:
+                raise self._bad(f"{key} has {plural(number, noun)}, but {NAMES['wte']} has {config.V} rows")
         return config
 
     def _read_formats(self) -> dict[str, Format]:
@@ -276,20 +276,23 @@ class GGUFFile(ModelFile):
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether the file has a byte-level BPE vocabulary."""
-        return self._values.get("tokenizer.ggml.model") == "gpt2" and {TOKENS, MERGES} <= self._arrays.keys()
+        """Whether the file has a vocabulary, of any kind."""
+        return self._values.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
 
     def vocabulary(self) -> dict[str, Any]:
         """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
-        split = self._values.get("tokenizer.ggml.pre", "gpt-2" if self.has_vocabulary else None)
-        if not self.has_vocabulary or split not in ("gpt-2", "default"):
-            raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
+        model, split = (self._values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+        missing = "".join(f", without {key}" for key in (TOKENS, MERGES) if key not in self._arrays)
+        if model != "gpt2" or split not in (None, "gpt-2", "default") or missing:
+            what = f"its vocabulary has model {shown(model)} and pre {shown(split)}{missing}"
+            raise InputError(f"{self.path}: {what}; pygpt reads only 'gpt2' with 'gpt-2': give a tokenizer.json (--tokenizer)")
         tokens = self._strings(TOKENS)
-        kind, at, _ = self._arrays.get("tokenizer.ggml.token_type", (0, 0, 0))
+        kind, at, _ = self._arrays.get(TOKEN_TYPES, (0, 0, 0))
         types = struct.unpack_from(f"<{len(tokens)}i", self._cursor.data, at) if kind in (UINT32, INT32) else (1,) * len(tokens)
         typed = zip(tokens, types, strict=True)
         added = {token: number == CONTROL for token, number in typed if number in (CONTROL, USER_DEFINED)}
-        return vocabulary_of(tokens, self._strings(MERGES), added)
+        end = next((token for i, token in enumerate(tokens) if i == self._values.get(END_KEYS[1])), None)
+        return vocabulary_of(tokens, self._strings(MERGES), added, end=end)
 
     def _strings(self, key: str) -> list[str]:
         """Return the strings of an array."""
@@ -420,7 +423,7 @@ def _vocabulary(config: Config) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         TOKENS: [tokens.get(i, f"<|{i}|>") for i in range(config.V)],
-        "tokenizer.ggml.token_type": [types.get(i, UNUSED) for i in range(config.V)],
+        TOKEN_TYPES: [types.get(i, UNUSED) for i in range(config.V)],
         MERGES: merges,
         **ends,
     }

@@ -369,7 +369,7 @@ def _bytes(array: npt.NDArray[Any]) -> memoryview:
 def read_settings(settings: dict[str, Any], place: str, *, tied: bool = True) -> Config:
     """Return the config in config.json. Raises CheckpointError for settings that the kernels do not compute.
 
-    tied: whether the files have no head, or one that equals wte. A head that differs is used, as transformers does."""
+    tied: whether the files have no head, or one that equals wte. A head that differs is used even if the settings tie it."""
     where = f"{place}: {CONFIG_FILE}"
     if settings.get("model_type", "gpt2" if NANOGPT in settings else None) != "gpt2":
         raise CheckpointError(f"{where}: model_type is {shown(settings.get('model_type'))}, expected 'gpt2'")

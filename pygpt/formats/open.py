@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import cache
 
 from ..config import Config
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, shown
 from .checkpoint import Checkpoint
 from .dtypes import ModelFile, layout
 from .files import GGUF_MAGIC, begins_with, is_pickle
@@ -35,8 +35,10 @@ def open_model(
 
     threads: workers that lay out a Hugging Face model. tokenizer: a file with the model's vocabulary, instead of its own.
     heads: of a Hugging Face file without a config.json. Raises CheckpointError for a file of no such format, and InputError if
-    another model gets `heads`."""
+    another model gets `heads`, or if `tokenizer` does not exist."""
     path = os.fspath(path)
+    if tokenizer is not None and not os.path.exists(tokenizer):
+        raise InputError(f"{shown(os.fspath(tokenizer))}: no such file or folder: give the model's tokenizer (--tokenizer)")
     model: ModelFile
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
@@ -88,16 +90,13 @@ def set_tokenizer(config: Config, path: str) -> None:
 
 def _find_tokenizer(model: ModelFile, given: str | os.PathLike[str] | None) -> None:
     """Find the vocabulary of an open model: as given, beside its file, inside it, or in its folder."""
-    if given is not None:
-        return set_tokenizer(model.config, os.fspath(given))
     folder = model.path if os.path.isdir(model.path) else os.path.dirname(model.path)
     inside = model.path if model.has_vocabulary else ""
     two = os.path.join(folder, "vocab.json")
     beside = vocabulary_beside(model.path) if folder != model.path else ""
     in_folder = (os.path.join(folder, "tokenizer.json"), two if os.path.isfile(os.path.join(folder, "merges.txt")) else "")
-    if path := next((path for path in (beside, inside, *in_folder) if os.path.isfile(path)), ""):
+    if path := os.fspath(given or "") or next((path for path in (beside, inside, *in_folder) if os.path.isfile(path)), ""):
         set_tokenizer(model.config, path)
-    return None
 
 
 def open_weights(

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import DataError, InputError
-from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
+from ..errors import DataError, InputError, shown
+from ..tokenizer import END_OF_TEXT, FLAGS, NEVER, Tokenizer, merged, spelled, vocabulary_of
 from .files import GGUF_MAGIC, atomic_file, begins_with, small_file
 from .safetensors import parse_object
 
-FILE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+FILE, VOCAB, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
 LIMIT = 1 << 27  # bytes of a file: far more than any vocabulary needs
 EACH_CHARACTER = r"[\s\S]"
 
@@ -32,6 +32,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tok
         return Tokenizer(read_vocabulary(path), V=V)
     except InputError as error:
         raise (error if str(error).startswith((path, repr(path))) else InputError(f"{path}: {error}")) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: the vocabulary or its {SETTINGS} is damaged ({shown(error)}): fetch them again") from error
 
 
 def read_vocabulary(path: str) -> dict[str, Any]:
@@ -53,12 +55,37 @@ def read_vocabulary(path: str) -> dict[str, Any]:
 
         return _of_tokens(*read_tokenizer(path))
     name = os.path.basename(path)
-    if name.endswith((VOCAB, MERGES)):
-        return _of_two_files(path)
-    found = parse_object(_read(path), path, InputError)
+    found = _of_two_files(path) if name.endswith((VOCAB, MERGES)) else parse_object(_read(path), path, InputError)
     if not isinstance(found.get("model"), dict):
         raise InputError(f"{path}: not a tokenizer.json: it has no object `model`")
-    return found
+    return _with_settings(found, *os.path.split(path)) if name in (FILE, VOCAB, MERGES) else found
+
+
+def _with_settings(found: dict[str, Any], folder: str, name: str) -> dict[str, Any]:
+    """Apply what transformers keeps beside a vocabulary: added tokens, the token that ends a text, and add_prefix_space.
+
+    Source: transformers 4.57, tokenization_utils_base.py, _from_pretrained()."""
+    paths = [os.path.join(folder, each) for each in (SETTINGS, "special_tokens_map.json", "added_tokens.json")]
+    settings, special, plain = [parse_object(_read(path), path, InputError) if os.path.exists(path) else {} for path in paths]
+    named = [(special | settings).get("eos_token"), *special.values(), *(special.get("additional_special_tokens") or [])]
+    end, *texts = [token["content"] if isinstance(token, dict) else token for token in named]
+    if not isinstance(end, str | None):
+        raise TypeError(f"eos_token is {shown(end)}")
+    if (listed := settings.get("added_tokens_decoder")) is None:
+        listed = {i: {"content": text, "special": text in (end, *texts)} for text, i in plain.items() if name != FILE}
+    added = {token["content"]: token for token in found.get("added_tokens") or []}
+    if end in found["model"]["vocab"] and end not in added:
+        listed[found["model"]["vocab"][end]] = {"content": end, "special": True}
+    for i, token in listed.items():
+        new = {"id": int(i) if re.fullmatch(r"[0-9]{1,7}", str(i)) else i, "content": token["content"], **FLAGS}
+        added[token["content"]] = new | added.get(token["content"], {"special": False}) | token
+    for token in added.values() if end else ():
+        token.pop("eos", None)
+        token.update({"eos": True} if token["content"] == end != END_OF_TEXT else {})
+    rule, prefix = found.get("pre_tokenizer"), settings.get("add_prefix_space")
+    if rule and rule["type"] == "ByteLevel" and isinstance(prefix, bool):
+        rule["add_prefix_space"] = prefix
+    return found | {"added_tokens": [*added.values()]}
 
 
 def _of_two_files(path: str) -> dict[str, Any]:
@@ -144,11 +171,12 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     """Return the files of a tokenizer in a Hugging Face folder, by name."""
     found, end = tokenizer.vocabulary(), tokenizer.eot
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([end]))
-    plain = tokenizer.splits_before_space
-    kind = "GPT2Tokenizer" if plain and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast"
-    settings = {"add_prefix_space": False, **special, "model_max_length": maxT, "tokenizer_class": kind}
+    kind = "GPT2Tokenizer" if tokenizer.splits_before_space and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast"
+    prefix = bool(found["pre_tokenizer"].get("add_prefix_space"))
+    settings = {"add_prefix_space": prefix, **special, "model_max_length": maxT, "tokenizer_class": kind}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
-    vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
-    objects = {FILE: found, "tokenizer_config.json": settings, "special_tokens_map.json": special, VOCAB: vocab}
+    added = [{key: token[key] for key in token if key != "eos"} for token in found.get("added_tokens") or []]
+    vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in added}
+    objects = {FILE: found | {"added_tokens": added}, SETTINGS: settings, "special_tokens_map.json": special, VOCAB: vocab}
     files = {name: json.dumps(value, indent=1).encode() for name, value in objects.items()}
     return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode("utf-8", "replace")}

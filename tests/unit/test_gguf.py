@@ -15,14 +15,14 @@ from running import gist
 from pygpt import GPT2
 from pygpt.commands.quantize import main
 from pygpt.config import TENSORS
-from pygpt.errors import CheckpointError, ClosedError
+from pygpt.errors import CheckpointError, ClosedError, InputError
 from pygpt.formats import gguf
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.dtypes import FLOAT32, FORMATS, Q4_0, Q8_0
 from pygpt.formats.gguf import HEAD, NAMES, GGUFFile
 from pygpt.formats.open import open_model
 from pygpt.formats.panels import PanelFile, quantise
-from pygpt.tokenizer import Tokenizer
+from pygpt.tokenizer import Tokenizer, tokenizer_of
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 65, "maxT": 8}
@@ -397,12 +397,42 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": pair("x", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1 << 62))}, ("truncated: 'x'",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 8, 2) + struct.pack("<Q", 1 << 63))}, ("truncated: 'x'",)),
     ({"a": pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + string("a"))}, ("tokens has 1 token", "65 rows")),
+    ({"a": pair("tokenizer.ggml.token_type", 9, struct.pack("<IQ7i", 5, 7, *[1] * 7))}, ("token_type has 7 types", "65 rows")),
 ]
 
 
 @pytest.mark.parametrize(("pairs", "named"), KEYS)
 def test_other_keys_are_refused(folder: Path, pairs: dict[str, bytes | None], named: tuple[str, ...]) -> None:
     refused(changed(**pairs), *named)
+
+
+WORDS = [*Tokenizer().vocabulary()["model"]["vocab"]][:65]
+TOKENS = pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 65) + b"".join(map(string, WORDS)))
+MERGES = pair("tokenizer.ggml.merges", 9, struct.pack("<IQ", 8, 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "result"),
+    [
+        ("llama", {"a": TOKENS, "b": MERGES}, "'llama' and pre None; .*'gpt2' with 'gpt-2'.*--tokenizer"),
+        ("gpt2", {"a": TOKENS, "b": MERGES, "c": text("tokenizer.ggml.pre", "llama-bpe")}, "'gpt2' and pre 'llama-bpe'"),
+        ("gpt2", {"a": TOKENS}, "without tokenizer.ggml.merges"),
+        ("none", {"a": TOKENS, "b": MERGES}, "no tokenizer lies beside it"),
+        ("gpt2", {"a": TOKENS, "b": MERGES, "c": u32("tokenizer.ggml.eos_token_id", 64)}, 64),
+        ("gpt2", {"a": TOKENS, "b": MERGES, "c": u32("tokenizer.ggml.eos_token_id", 65)}, None),
+    ],
+)
+def test_a_vocabulary_is_read_or_refused(folder: Path, model: str, others: dict[str, bytes], result: str | int | None) -> None:
+    """GPT-2's does not replace one of another kind: the ids would be others. The token that ends a text is read."""
+    Path("own.gguf").write_bytes(changed(model=text("tokenizer.ggml.model", model), **others))
+    with open_model("own.gguf") as found:
+        assert found.has_vocabulary == (model != "none")
+        if isinstance(result, str):
+            with pytest.raises(InputError, match=result):
+                tokenizer_of(found.config)
+        else:
+            assert tokenizer_of(found.config).eot == result
+            assert result is None or tokenizer_of(found.config).encode(WORDS[64], allow_special=True) == [result]
 
 
 def test_harmless_settings_are_accepted(folder: Path) -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Peer
 from pygpt import GPT2, InputError, SerialGPT2, StreamDecoder, Tokenizer
 from pygpt.commands.batch import main as batch
 from pygpt.commands.chat import main as chat
+from pygpt.commands.complete import main as complete
 from pygpt.commands.convert import main as convert
 from pygpt.commands.eval import main as evaluate
 from pygpt.commands.quantize import main as quantize
@@ -186,6 +187,85 @@ def test_a_file_that_is_no_vocabulary(folder: Path, name: str, content: bytes | 
     assert named in str(caught.value)
     assert str(caught.value).lstrip("'").startswith(name.removesuffix("vocab.json"))
     assert "\n" not in str(caught.value)
+
+
+def other_folder(*, two: bool, **files: Any) -> None:
+    """Write a vocabulary of 9 ids, in two files or in tokenizer.json, and the JSON files of transformers beside it."""
+    vocabulary = vocabulary_of([*"fobarĠ", "fo", "<|endoftext|>", "<s>"], ["f o"], {"<|endoftext|>": True})
+    files |= {"vocab": vocabulary["model"]["vocab"]} if two else {"tokenizer": vocabulary}
+    for name, content in files.items():
+        Path(f"{name}.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    if two:
+        Path("merges.txt").write_text("#version: 0.2\nf o\n")
+
+
+LISTED = {"9": {"content": "<|user|>", "special": True}, "10": {"content": "foo", "special": False, "lstrip": True}}
+SETTINGS = {"added_tokens_decoder": {**LISTED, "8": {"content": "<s>", "special": False, "rstrip": True}}}
+PLAIN, USER = {"<|user|>": 9, "foo": 10}, {"content": "<|user|>", "lstrip": False}
+
+
+@pytest.mark.parametrize(
+    ("two", "files", "ids", "special", "eot"),
+    [
+        (True, {"tokenizer_config": SETTINGS}, [6, 10, 9, 2, 3, 4, 8], {7, 9}, 7),
+        (False, {"tokenizer_config": SETTINGS}, [6, 10, 9, 2, 3, 4, 8], {7, 9}, 7),
+        (True, {"added_tokens": {"foo": 9}, "tokenizer_config": SETTINGS}, [6, 10, 9, 2, 3, 4, 8], {7, 9}, 7),
+        (True, {"added_tokens": PLAIN}, [6, 5, 10, 9, 2, 3, 4, 8, 5], {7, 8}, 7),
+        (True, {"added_tokens": PLAIN, "special_tokens_map": {"additional_special_tokens": [USER]}}, None, {7, 8, 9}, 7),
+        (True, {"added_tokens": PLAIN, "special_tokens_map": {"eos_token": USER}}, None, {7, 8, 9}, 9),
+        (False, {"added_tokens": PLAIN, "tokenizer_config": {"eos_token": "<s>"}}, None, {7, 8}, 8),
+        (False, {"tokenizer_config": {"eos_token": "<|endoftext|>"}}, None, {7}, 7),
+    ],
+)
+def test_the_settings_of_transformers_count(
+    folder: Path, two: bool, files: dict[str, Any], ids: list[int] | None, special: set[int], eot: int
+) -> None:
+    """Also in a copy. The ids are those of transformers 4.57, which does not guess that <s> is special."""
+    other_folder(two=two, **files)
+    write_vocabulary("NAME.tokenizer.json", load_tokenizer(".").vocabulary())
+    for mine in load_tokenizer("."), load_tokenizer("NAME.tokenizer.json"):
+        assert ids is None or mine.encode("fo foo<|user|>bar<s> ", allow_special=True) == ids
+        assert {token["id"] for token in mine.vocabulary()["added_tokens"] if token["special"]} == special
+        assert [token["id"] for token in mine.vocabulary()["added_tokens"] if "eos" in token] == [eot] * (eot != 7)
+        assert mine.eot == eot
+        assert Peer.from_file("NAME.tokenizer.json").get_vocab_size() == mine.known  # tokenizers accepts the mark
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_the_prefix_and_the_end_stay_with_a_converted_model(folder: Path, two: bool) -> None:
+    other_folder(two=two, tokenizer_config=SETTINGS | {"add_prefix_space": True, "eos_token": "<|user|>"})
+    make("m.bin", L=1, NH=1, C=32, V=11, maxT=8)
+    assert convert(["m.bin", "hf/"]) == 0
+    written = json.loads(Path("hf/tokenizer_config.json").read_text())
+    assert (written["add_prefix_space"], written["eos_token"]) == (True, "<|user|>")
+    assert json.loads(Path("hf/config.json").read_text())["eos_token_id"] == 9
+    assert b'"eos"' not in Path("hf/tokenizer.json").read_bytes()  # transformers would print a warning
+    for path in ".", "hf", "hf/vocab.json":
+        assert load_tokenizer(path).encode("bar") == [5, 2, 3, 4]
+        assert load_tokenizer(path).eot == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        *[("tokenizer_config", text, r"tokenizer_config\.json") for text in (b"", b"[]", b'{"add_prefix_space": NaN}')],
+        *[("tokenizer_config", b'{"eos_token": %b}' % end, "damaged") for end in (b"5", b"[]", b"{}", b'{"content": 5}')],
+        *[("tokenizer_config", {"added_tokens_decoder": {"9": token}}, "damaged") for token in ("a", ["a"])],
+        *[("tokenizer_config", {"added_tokens_decoder": {i: {"content": "new"}}}, "") for i in ("x", "-1", "9" * 5000)],
+        ("special_tokens_map", b"{", r"special_tokens_map\.json is not JSON"),
+        ("added_tokens", b"[]", r"added_tokens\.json is not a JSON object"),
+    ],
+)
+def test_settings_of_transformers_that_cannot_be(folder: Path, name: str, content: Any, named: str) -> None:
+    for two in True, False:
+        other_folder(two=two, **{name: content})
+        with pytest.raises(InputError, match=rf"^\./?.*{named}"):
+            load_tokenizer(".")
+
+
+def test_a_tokenizer_that_does_not_exist_is_refused_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("m.bin", L=1, NH=1, C=32, V=10, maxT=8)
+    assert_refuses(complete, capsys, ["1", "2", "-m", "m.bin", "--tokenizer", "/nope"], "'/nope': no such file")
 
 
 def damage(**changes: Any) -> dict[str, Any]:
