@@ -85,9 +85,8 @@ def end() -> None:
 
 
 def holding(lock, call):
-    """Return call(), and hold the lock meanwhile.
-
-    From Python 3.14 on, a signal handler can raise between a lock's __enter__() and the body of `with`: it stays held."""
+    """Return call(), and hold the lock meanwhile. From Python 3.14 on, a signal handler can raise between __enter__() and the
+    body of a `with` statement, and the lock then stays held."""
     lock.acquire()
     try:
         return call()

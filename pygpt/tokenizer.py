@@ -54,7 +54,7 @@ _SYMBOLS = [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PR
 _BYTE_OF_SYMBOL = dict(zip(_SYMBOLS, _BYTES, strict=True))
 _SYMBOL_OF_BYTE = [symbol for _, symbol in sorted(zip(_BYTES, _SYMBOLS, strict=True))]
 
-_loading = threading.Lock()
+_loading = threading.RLock()  # also if Ctrl-C interrupts `with`, its thread can load again
 
 
 class Tokenizer:

@@ -126,8 +126,8 @@ def cached(address: str, options: argparse.Namespace, count: int) -> list[float]
 
     async def ask(number: int) -> float:
         answer = await load.ask(asked, {"prompt": [*shared, number], "max_tokens": 1, "ignore_eos": True})
-        if answer is None:
-            raise PyGPTError("a request with a cached prefix failed")
+        if isinstance(answer, str):
+            raise PyGPTError(f"a request with a cached prefix failed: {answer}")
         return 1000 * (answer[1][1] - answer[1][0])
 
     async def all_of_them() -> list[float]:

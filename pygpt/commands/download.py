@@ -125,9 +125,9 @@ def fetch(name: str) -> str:
         config = huggingface.read_settings(huggingface.read_json(settings), repository.name)
         if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
             with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
-                if repository.get("tokenizer.json") is None:
-                    repository.get("vocab.json")
-                    repository.get("merges.txt")
+                files = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+                for file in files if repository.get("tokenizer.json") else ["vocab.json", "merges.txt", *files]:
+                    repository.get(file)
         folder = os.path.dirname(settings)
         if repository.get(huggingface.MODEL_FILE) is None:
             if repository.get(huggingface.INDEX_FILE) is None:

@@ -172,7 +172,7 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     found, end = tokenizer.vocabulary(), tokenizer.eot
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([end]))
     kind = "GPT2Tokenizer" if tokenizer.splits_before_space and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast"
-    prefix = bool(found["pre_tokenizer"].get("add_prefix_space"))
+    prefix = bool((found.get("pre_tokenizer") or {}).get("add_prefix_space"))
     settings = {"add_prefix_space": prefix, **special, "model_max_length": maxT, "tokenizer_class": kind}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     added = [{key: token[key] for key in token if key != "eos"} for token in found.get("added_tokens") or []]

@@ -363,13 +363,11 @@ ENDPOINTS = [
 ]
 
 
-PATHS = [row.path.replace(":path", "") for row in ENDPOINTS]
-
-
 async def _error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or an unknown path or method."""
     if isinstance(error, HTTPException):
-        unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, PATHS)}"
+        paths = [row.path.replace(":path", "") for row in ENDPOINTS]
+        unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, paths)}"
         message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
         return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
     found = error if isinstance(error, ApiError) else reported(error)

@@ -111,7 +111,9 @@ def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert os.listdir(cache_folder()) == ["gpt2.bin"]
     assert find_model("gpt2") == (target, "given")
     asked = [(command, path) for command, path, _ in site.requests]
-    vocabulary = [("HEAD", MODEL.replace("model.safetensors", name)) for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    names = ["tokenizer.json", "vocab.json", "merges.txt"]
+    names += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    vocabulary = [("HEAD", MODEL.replace("model.safetensors", name)) for name in names]
     assert asked == [("HEAD", CONFIG), ("GET", CONFIG), *vocabulary, ("HEAD", MODEL), ("GET", MODEL)]  # all of one commit
     assert all(headers["user-agent"].startswith(f"pygpt/{__version__}; hf_hub/") for _, _, headers in site.requests)
     site.requests.clear()
