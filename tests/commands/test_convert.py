@@ -198,7 +198,7 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         ([], ["SRC", "DST", "--help"]),
         (["a.bin"], ["DST", "--help"]),
         (["a.bin", "b.bin", "c.bin"], ["c.bin"]),
-        (["a.bin", "b.bin", "--version", "2"], ["2", "1, 3, 5"]),
+        (["a.bin", "b.bin", "--version", "2"], ["2 ... 1 ... 3 ... 5"]),
         (["a.bin", "b.bin", "--version", "five"], ["'five'"]),
         (["a.bin", "b.bin", "--version", ""], ["''"]),
         (["a.bin", "b.bin", "--vers", "5"], ["--vers"]),

@@ -359,7 +359,7 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
         ("", "NAME; see --help"),
         ("gpt3", "'gpt3' ... (gpt2, gpt2-medium, "),
         ("gpt2 gpt2", "gpt2"),
-        ("gpt2 --version 4", "4 ... 1, 3, 5"),
+        ("gpt2 --version 4", "4 ... 1 ... 3 ... 5"),
         ("gpt2 -o ''", "-o is ''"),
         ("gpt2 -o sub/", "-o is 'sub/'"),
         ("gpt2 -o absent/a.bin", "absent/a.bin: the folder "),

@@ -94,7 +94,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
     for module in text, token_files:
         monkeypatch.setattr(module, "PIECE", 1 << 14)
     line = "To be, or not to be, that is the question.\n"
-    Path("long.txt").write_text(line * 50_000)
+    Path("long.txt").write_text(line * 100_000)
     shards.main(["in.txt", "-o", "first"])  # data that are loaded once do not count below
     tracemalloc.start()
     try:
@@ -104,7 +104,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         tracemalloc.stop()
     assert peak < Path("long.txt").stat().st_size / 4  # less than the size of the tokens
     assert sum(path.stat().st_size - 1024 for path in folder.glob("long_*.bin")) == 2 * (
-        1 + 50_000 * len(by_hand(line, "none"))
+        1 + 100_000 * len(by_hand(line, "none"))
     )
 
 
