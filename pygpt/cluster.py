@@ -104,7 +104,8 @@ class Complete(Closing):
 
     def _continuations(self, row: Row, prompt: int) -> list[list[int]]:
         given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
-        if surplus := sorted({*row, *filter(self._options.get, ["edits"])} - {"id", "prompt", "tokens", "continuations"}):
+        edited = {"edits"} if self._options.get("edits") else {}
+        if surplus := sorted({*row, *edited} - {"id", "prompt", "tokens", "continuations"}):
             raise InputError(f'{surplus[0]!r} is an option of completions, and "continuations" are scored: leave one out')
         if not isinstance(given, list) or not given:
             raise InputError(f'"continuations" is {shown(given)}: it must be a list of texts or of lists of ids')

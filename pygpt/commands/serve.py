@@ -121,8 +121,7 @@ def open_models(options: argparse.Namespace) -> list[Any]:
         path, origin = find_model(model if equals else given)
         if not equals:
             base = os.path.basename(os.path.normpath(path))
-            base = base if os.path.isdir(path) else os.path.splitext(base)[0]
-            name = "shakespeare" if origin == "embedded" else base
+            name = "shakespeare" if origin == "embedded" else base if os.path.isdir(path) else os.path.splitext(base)[0]
         if not name or any(name in names for names in named.values()):
             raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")
         named.setdefault(path, []).append(name)
