@@ -19,6 +19,7 @@ from importlib import import_module
 from itertools import pairwise
 from unicodedata import normalize
 
+from ._signals import holding
 from .config import Config
 from .errors import InputError, PyGPTError, shown, whole
 
@@ -54,7 +55,7 @@ _SYMBOLS = [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PR
 _BYTE_OF_SYMBOL = dict(zip(_SYMBOLS, _BYTES, strict=True))
 _SYMBOL_OF_BYTE = [symbol for _, symbol in sorted(zip(_BYTES, _SYMBOLS, strict=True))]
 
-_loading = threading.RLock()  # also if Ctrl-C interrupts `with`, its thread can load again
+_loading = threading.Lock()
 
 
 class Tokenizer:
@@ -65,8 +66,7 @@ class Tokenizer:
     vocabulary is missing or damaged, and InputError for a vocabulary that is not byte-level BPE, or has more than V ids."""
 
     def __init__(self, vocabulary: "dict[str, Any] | None" = None, *, V: int | None = None) -> None:
-        with _loading:
-            self._bpe = _load() if vocabulary is None else _Encoding(vocabulary)
+        self._bpe = holding(_loading, lambda: _load() if vocabulary is None else _Encoding(vocabulary))
         self._bytes = self._bpe.bytes  # shared by all Tokenizers of the vocabulary
         if V is not None and self.known > V:
             raise InputError(f"the tokenizer has {self.known} ids, and the model {V}: give the model's own tokenizer")

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if options.root_path and not options.root_path.startswith("/"):
         raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
     for origin in options.origins:
-        if origin != "*" and not re.fullmatch("https?://[^/]+", origin):
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s*?#]+", origin):
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be *, or such as https://example.org, without a path")
     speculation = parse_speculation(options.speculate)
     check_speculation(speculation)
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     named = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
     settings = Options(**named, keys=keys, chat=options.chat_template is not None, speculation=speculation)
     listening = listen(options.host, options.port, options.uds)
-    made = options.uds and file_id(options.uds)
+    made = os.stat(options.uds) if options.uds else None
     try:
         server = Server(open_models(options), settings)
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -86,15 +86,9 @@ def run(options: argparse.Namespace) -> int:
         return serve(server, listening, grace_s=options.grace, started=lambda: say(started))
     finally:
         listening.close()
-        with suppress(FileNotFoundError):
-            if options.uds and file_id(options.uds) == made:  # else another server listens there
+        with suppress(FileNotFoundError):  # else, another server may listen there; it can have the same number
+            if made and (made.st_ino, made.st_mtime_ns) == ((now := os.stat(options.uds)).st_ino, now.st_mtime_ns):
                 os.unlink(options.uds)
-
-
-def file_id(path: str) -> tuple[int, int]:
-    """Return what tells a file from another one that got its name. A number alone may be used again."""
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns
 
 
 def _keys(path: str) -> list[str]:
@@ -120,7 +114,7 @@ def open_models(options: argparse.Namespace) -> list[Any]:
         name, equals, model = (given or "").partition("=")
         path, origin = find_model(model if equals else given)
         if not equals:
-            base = os.path.basename(os.path.normpath(path))
+            base = os.path.basename(os.path.abspath(given if given and not os.path.exists(given) else path))
             name = "shakespeare" if origin == "embedded" else base if os.path.isdir(path) else os.path.splitext(base)[0]
         if not name or any(name in names for names in named.values()):
             raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")

@@ -29,15 +29,15 @@ def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tok
     vocabulary of more than V ids."""
     path = os.fspath(path)
     try:
-        return Tokenizer(read_vocabulary(path), V=V)
+        return Tokenizer(read_vocabulary(path, V), V=V)
     except InputError as error:
         raise (error if str(error).startswith((path, repr(path))) else InputError(f"{path}: {error}")) from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: the vocabulary or its {SETTINGS} is damaged ({shown(error)}): fetch them again") from error
 
 
-def read_vocabulary(path: str) -> dict[str, Any]:
-    """Read a vocabulary of any form. Raises InputError."""
+def read_vocabulary(path: str, V: int | None) -> dict[str, Any]:
+    """Read a vocabulary of any form, for a model of V ids. Raises InputError."""
     if os.path.isdir(path):
         path = next((name for name in (os.path.join(path, FILE), os.path.join(path, VOCAB)) if os.path.isfile(name)), path)
     if path.endswith(".gguf") or begins_with(path, GGUF_MAGIC):
@@ -58,10 +58,10 @@ def read_vocabulary(path: str) -> dict[str, Any]:
     found = _of_two_files(path) if name.endswith((VOCAB, MERGES)) else parse_object(_read(path), path, InputError)
     if not isinstance(found.get("model"), dict):
         raise InputError(f"{path}: not a tokenizer.json: it has no object `model`")
-    return _with_settings(found, *os.path.split(path)) if name in (FILE, VOCAB, MERGES) else found
+    return _with_settings(found, V, *os.path.split(path)) if name in (FILE, VOCAB, MERGES) else found
 
 
-def _with_settings(found: dict[str, Any], folder: str, name: str) -> dict[str, Any]:
+def _with_settings(found: dict[str, Any], V: int | None, folder: str, name: str) -> dict[str, Any]:
     """Apply what transformers keeps beside a vocabulary: added tokens, the token that ends a text, and add_prefix_space.
 
     Source: transformers 4.57, tokenization_utils_base.py, _from_pretrained()."""
@@ -78,7 +78,8 @@ def _with_settings(found: dict[str, Any], folder: str, name: str) -> dict[str, A
         listed[found["model"]["vocab"][end]] = {"content": end, "special": True}
     for i, token in listed.items():
         new = {"id": int(i) if re.fullmatch(r"[0-9]{1,7}", str(i)) else i, "content": token["content"], **FLAGS}
-        added[token["content"]] = new | added.get(token["content"], {"special": False}) | token
+        if V is None or token["content"] in added or new["id"] < V:  # else the model never got a row for it
+            added[token["content"]] = new | added.get(token["content"], {"special": False}) | token
     for token in added.values() if end else ():
         token.pop("eos", None)
         token.update({"eos": True} if token["content"] == end != END_OF_TEXT else {})

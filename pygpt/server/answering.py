@@ -261,10 +261,7 @@ class Run:
         self._wake.set()
 
     async def _whole(self, send: Send) -> None:
-        try:
-            await self._wake.wait()
-        except asyncio.CancelledError:  # at the end of the grace period
-            raise ApiError(STOPPED, status=503, code="shutting_down") from None
+        await self._wake.wait()
         if self._error is not None:
             raise reported(self._error)
         if not self._gone:

@@ -106,11 +106,18 @@ class Server:
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                scope["state"]["begun"] = True
                 self.metrics.add("http_requests", None, status=message["status"])
             await send(message)
 
         with suppress(TimeoutError):  # the client does not take its answer
-            await self._app(scope, receive, send_counted)
+            try:
+                await self._app(scope, receive, send_counted)
+            except asyncio.CancelledError:  # at the end of the grace period
+                if "begun" in scope["state"]:
+                    raise
+                stopped = ApiError(STOPPED, status=503, code="shutting_down")
+                await JSONResponse(stopped.body, stopped.status)(scope, receive, send_counted)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -366,7 +373,7 @@ ENDPOINTS = [
 async def _error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or an unknown path or method."""
     if isinstance(error, HTTPException):
-        paths = [row.path.replace(":path", "") for row in ENDPOINTS]
+        paths = [row.path for row in ENDPOINTS if "{" not in row.path]
         unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, paths)}"
         message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
         return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)

@@ -86,4 +86,5 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: list[str], n
 
 
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refuses(main.main, capsys, ["--serve", "http://127.0.0.1:9"], "cannot reach", status=1)
+    for more in ([], ["--rate", "50", "-n", "2"]):
+        assert_refuses(main.main, capsys, ["--serve", "http://127.0.0.1:9", *more], "cannot reach", status=1)

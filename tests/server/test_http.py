@@ -608,6 +608,17 @@ def test_names_of_folders(path: Path, tmp_path: Path) -> None:
     assert process.end() == (0, b"", b"")
 
 
+def test_the_end_of_the_grace_time_answers_every_request(path: Path) -> None:
+    """Also one that waits for something else than tokens."""
+    with ThreadPoolExecutor(1) as pool:
+        with live(path, grace_s=0.0) as running:
+            waiting = pool.submit(running.ask, "POST", "/trace", {})
+            wait_for(lambda: running.server.models[0].traced)
+        answer = waiting.result()
+    assert (answer.status, answer.json()["error"]["code"]) == (503, "shutting_down")
+    assert answer.headers["x-request-id"]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals(path: Path, number: int, status: int) -> None:
     process = ServerProcess("-m", f"small={path}", "-m", f"again={path}", "--max-live", "4", "-t", "1")
@@ -658,6 +669,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--root-path", "gpt"], ["gpt", "/"]),
         (["--cors-origins", "a.example"], ["a.example"]),
         (["--cors-origins", "https://a.example/"], ["https://a.example/", "without a path"]),
+        (["--cors-origins", "https://*"], ["https://*"]),
     ],
     ids=str,
 )

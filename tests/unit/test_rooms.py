@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2] / "pygpt"
 
 # From the lowest level up. A module may import from its own level and from those below.
 LEVELS = (
-    ("errors", "config", "cpus", "tokenizer"),
-    ("_signals", "_kernels", "_backward", "_reference", "pool"),
+    ("errors", "config", "cpus", "_signals", "tokenizer"),
+    ("_kernels", "_backward", "_reference", "pool"),
     ("formats",),
     ("network", "activations"),
     ("hub",),

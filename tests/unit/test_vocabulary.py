@@ -231,6 +231,13 @@ def test_the_settings_of_transformers_count(
         assert Peer.from_file("NAME.tokenizer.json").get_vocab_size() == mine.known  # tokenizers accepts the mark
 
 
+@pytest.mark.parametrize("files", [{"added_tokens": PLAIN}, {"tokenizer_config": SETTINGS}])
+def test_added_tokens_for_which_the_model_has_no_row_are_left_out(folder: Path, files: dict[str, Any]) -> None:
+    other_folder(two=True, **files)
+    assert load_tokenizer(".", V=10).known == 10  # <|user|>, but not foo
+    assert load_tokenizer(".", V=9).known == 9
+
+
 @pytest.mark.parametrize("two", [True, False])
 def test_the_prefix_and_the_end_stay_with_a_converted_model(folder: Path, two: bool) -> None:
     other_folder(two=two, tokenizer_config=SETTINGS | {"add_prefix_space": True, "eos_token": "<|user|>"})
@@ -252,6 +259,7 @@ def test_the_prefix_and_the_end_stay_with_a_converted_model(folder: Path, two: b
         *[("tokenizer_config", b'{"eos_token": %b}' % end, "damaged") for end in (b"5", b"[]", b"{}", b'{"content": 5}')],
         *[("tokenizer_config", {"added_tokens_decoder": {"9": token}}, "damaged") for token in ("a", ["a"])],
         *[("tokenizer_config", {"added_tokens_decoder": {i: {"content": "new"}}}, "") for i in ("x", "-1", "9" * 5000)],
+        ("tokenizer_config", {"added_tokens_decoder": [], "eos_token": "fo"}, "damaged"),
         ("special_tokens_map", b"{", r"special_tokens_map\.json is not JSON"),
         ("added_tokens", b"[]", r"added_tokens\.json is not a JSON object"),
     ],

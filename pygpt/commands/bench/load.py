@@ -114,10 +114,11 @@ async def measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
                 return
 
     async def arrivals() -> None:
-        async with asyncio.TaskGroup() as group:
-            for _ in bodies:
-                await asyncio.sleep(draw.expovariate(options.rate))
-                group.create_task(client())
+        tasks = []
+        for _ in bodies:
+            await asyncio.sleep(draw.expovariate(options.rate))
+            tasks.append(asyncio.create_task(client()))
+        await asyncio.gather(*tasks)
 
     async def long_prompts() -> None:
         while running and options.long:
