@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from budget import Budget
-from programs import TRAINING, Files, Outcome, Writer, command, finish, run, send, start, wait_until, writers
+from programs import TRAINING, Files, Outcome, Writer, command, environment, finish, run, send, start, wait_until, writers
 
 STEPS = 30  # of a training run that is killed again and again
 
@@ -90,7 +90,8 @@ def test_disks_that_fill_up(budget: Budget, files: Files, tmp_path: Path) -> Non
         writer = writers(files, place)[kind]
         writer.put_older(files, place)
         size = budget.random.randrange(1000, writer.least)
-        outcome = run(writer.argv, preexec_fn=lambda size=size: limit(resource.RLIMIT_FSIZE, size))
+        uncached = environment(PYTHONDONTWRITEBYTECODE="1")  # Python 3.11 would keep bytecode that the limit cuts off
+        outcome = run(writer.argv, preexec_fn=lambda size=size: limit(resource.RLIMIT_FSIZE, size), env=uncached)
         refused(outcome, writer, place)
         if not writer.fresh:
             older = Path(files.small).read_bytes()
