@@ -34,12 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     guesses = f"for requests without the field speculation: {SPECULATE_HELP} (default auto)"
     add("--speculate", metavar="K", default="auto", help=guesses)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
-    add(
-        "--cache-bytes",
-        metavar="N",
-        type=count,
-        help="most bytes of all keys and values (default: a quarter of the RAM)",
-    )
+    add("--cache-bytes", metavar="N", type=count, help="most bytes of all keys and values (default: a quarter of the RAM)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
@@ -124,7 +119,7 @@ def open_models(options: argparse.Namespace) -> list[Any]:
     for path, names in named.items():
         model = GPT2.load(path, threads=options.threads, draft=options.draft_model, **load_options(options))
         least = model.network.position_bytes * model.config.maxT
-        share = (options.cache_bytes or memory // 4) // len(named)
+        share = max((options.cache_bytes or memory // 4) // len(named), 1)
         limits = {"cache_bytes": share if options.cache_bytes else max(share, least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))
     return found

@@ -126,7 +126,7 @@ def tokenize(texts: list[str], spool: str, options: argparse.Namespace, tokenize
             for tokens in encode_file(text, name, **reading):
                 file.write(tokens.data)
                 count += len(tokens)
-    if not count:
+    if not count or total == 0:  # an empty text has its <|endoftext|>
         raise InputError("the texts are empty: give at least one character")
     return np.memmap(spool, "<u2", "r")
 

@@ -136,6 +136,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         ("in.txt -o in.txt/", ["folder 'in.txt'"]),
         ("in.txt -o in.txt/b", ["folder 'in.txt'"]),
         ("empty.txt -o b --eot none", ["the texts are empty"]),
+        ("empty.txt -o b", ["the texts are empty"]),
         ("latin.txt -o b", ["latin.txt: ... 0xe9 ... 4 ... UTF-8"]),
         ("in.txt latin.txt -o b", ["latin.txt: ... 0xe9 ... 4 ... UTF-8"]),
         ("in.txt -o old", ["old_val_000001.bin exists already"]),
