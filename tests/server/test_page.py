@@ -48,6 +48,7 @@ def opened(browser: Any, at: Live, path: str = "/", *, errors: bool = False, **o
     """A fresh page. At the end: no error in its scripts, and no request to another origin."""
     origin, seen, wrong = f"http://127.0.0.1:{at.address[1]}", [], []
     context = browser.new_context(**options)
+    context.set_default_timeout(120_000)  # also on a busy machine
     page = context.new_page()
     page.on("request", lambda request: seen.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
