@@ -60,7 +60,7 @@ def test_goodput_counts_requests_within_all_limits(at: Live, capsys: pytest.Capt
 
 
 def test_failures_are_counted(at: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    """And the reason of one is said. If all fail, there is nothing to measure."""
+    """The command says how many requests failed, and why one of them did. If all fail, it ends with an error."""
     long = ["--context", str(MAXT + 30), "--prompt", str(MAXT - 5), "--new", "6"]
     assert main.main(["--serve", url(at), "--key=k", *SMALL, *long, "--clients", "2", "-o", "json"]) == 0
     out, err = capsys.readouterr()

@@ -586,7 +586,7 @@ def test_draining(path: Path, slow: None, grace_s: float) -> None:
 
 
 def test_a_server_leaves_the_socket_of_another_one(path: Path, tmp_path: Path) -> None:
-    """Also after the system gave the new socket the number of the old one. A socket that is gone is no error."""
+    """The new socket may have the inode number of the old one. A server also ends well if its socket is gone."""
     where = tmp_path / "socket"
     process = ServerProcess("-m", str(path), "-t", "1", "--uds", str(where))
     where.unlink()
