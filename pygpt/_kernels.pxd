@@ -164,12 +164,14 @@ cdef struct Row:              # one token of one sequence
     Py_ssize_t token
     Py_ssize_t pos            # its position: how many keys lie before it
     Py_ssize_t capacity       # positions of its cache
+    Py_ssize_t want           # its number among the rows whose logits are wanted, or -1
     float* keys               # (L, NH, capacity, HSp)
     float* values             # (L, NH, capacity, HSp)
 
 
 cdef struct Span:             # neighbouring rows of one sequence: a tile of the attention
     Py_ssize_t start, stop    # rows
+    Py_ssize_t W              # the number of its rows whose logits are wanted
     Py_ssize_t cost           # keys read by this span and by all spans before it
 
 
@@ -179,6 +181,7 @@ cdef struct State:            # changing: activations of R rows, with the names 
     Row* rows                 # (R,)
     Span* spans               # (n_spans,)
     Py_ssize_t* wanted        # (W,) ascending row numbers
+    bint compact              # after its qkv, the last layer has only the wanted rows, one after another
     float* residual           # (R, C) the residual stream: encoded, residual2, residual3
     float* ln                 # (R, C) ln1, ln2, lnf, shared by the workers; or, for few rows, (R, C) for each worker
     Py_ssize_t fch_row        # values from one row of fch to the next: F and padding, so that rows use different cache sets

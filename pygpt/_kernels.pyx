@@ -131,6 +131,7 @@ cdef struct Product:      # out = inp weight^T, then the epilogue
     Py_ssize_t rows, K, N
     Epilogue epilogue
     const float* before   # IN  (rows, N) or NULL
+    const Py_ssize_t* rows_before   # IN (rows,) ascending row numbers in `before`, or NULL for all rows in order
     float* after          # OUT (rows, N) or NULL; for an activation a row every ldo values
     Py_ssize_t layer
 
@@ -272,7 +273,7 @@ cdef void store_keys_values(const Net* net, State* s, Py_ssize_t layer, Py_ssize
 cdef void finish(const Net* net, State* s, const Product* p, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t n,
                  Py_ssize_t count) noexcept nogil:
     """Run the epilogue of a product on `rows` rows and `count` outputs, from (row, n) on."""
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, before
     cdef float* out
     cdef const float* bias
     if p.epilogue == NOTHING:
@@ -285,7 +286,8 @@ cdef void finish(const Net* net, State* s, const Product* p, Py_ssize_t row, Py_
         elif p.epilogue == BIAS_ACTIVATION:
             micro.add_bias_act[net.activation](p.after + r * p.ldo + n, out, bias, count)
         else:
-            micro.add_bias_residual(p.after + r * p.N + n, p.before + r * p.N + n, out, bias, count)
+            before = r if p.rows_before == NULL else p.rows_before[r]
+            micro.add_bias_residual(p.after + r * p.N + n, p.before + before * p.N + n, out, bias, count)
     if p.epilogue == BIAS_KEYS_VALUES:
         store_keys_values(net, s, p.layer, row, rows, n, n + count)
 
@@ -333,9 +335,12 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
         block_of_outputs(net, s, p, s.blocks + me.ith * s.block_size, n, min(width, p.N - n))
 
 
-cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, const Span* span, float* scratch) noexcept nogil:
-    """Compute one head of one span: atty = softmax(q keys^T scale) values, over the keys up to each row's position."""
-    cdef Py_ssize_t i, rows = span.stop - span.start, C = net.C, HS = net.HS, HSp = net.HSp, ldp = s.ldp
+cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, const Span* span, bint compact,
+                 float* scratch) noexcept nogil:
+    """Compute one head of one span: atty = softmax(q keys^T scale) values, over the keys up to each row's position.
+
+    compact: atty has only the wanted rows."""
+    cdef Py_ssize_t i, at, rows = span.stop - span.start, C = net.C, HS = net.HS, HSp = net.HSp, ldp = s.ldp
     cdef Row* first = s.rows + span.start
     cdef Py_ssize_t common = first.pos + 1                              # keys that every row of the span sees
     cdef Py_ssize_t offset = (layer * net.NH + head) * first.capacity * HSp
@@ -357,7 +362,9 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
     for i in range(rows):
         micro.mix(acc + i * HSp, att + i * ldp, ldp, 1, values, HSp, common, common + i)
-        micro.store_scaled(atty + (span.start + i) * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
+        at = first[i].want if compact else span.start + i
+        if at >= 0:
+            micro.store_scaled(atty + at * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
     if s.probs != NULL and layer == s.probs_layer:
         for i in range(rows):
             probs = s.probs + (head * s.R + span.start + i) * ldp
@@ -365,16 +372,16 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
             micro.store_scaled(probs, att + i * ldp, <float> 1 / total[i], common + i)
 
 
-cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """Compute causal attention of all rows, (R, 3C) -> (R, C). A later row has more keys than an earlier one. So pairs of
-    head and span are split over the workers by their numbers of keys."""
+cdef void attention(const Net* net, State* s, Py_ssize_t layer, bint compact, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """Compute causal attention of all rows, (R, 3C) -> (R, C), or of the wanted rows. A later row has more keys than an earlier
+    one. So pairs of head and span are split over the workers by their numbers of keys."""
     cdef Py_ssize_t head, i, before, each = s.spans[s.n_spans - 1].cost, total = each * net.NH
     cdef float* scratch = s.scratch + ith * s.scratch_size
     for head in range(net.NH):
         before = head * each
         for i in range(s.n_spans):
-            if before * nth // total == ith:
-                attend(net, s, layer, head, s.spans + i, scratch)
+            if before * nth // total == ith and (s.spans[i].W or not compact):
+                attend(net, s, layer, head, s.spans + i, compact, scratch)
             before = head * each + s.spans[i].cost
 
 
@@ -399,8 +406,12 @@ cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth
 
 
 cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_worker* me) noexcept nogil:
-    """Compute this worker's share of one phase of the network. Returns 1 if the step was aborted, else 0."""
-    cdef Py_ssize_t R = s.R, C = net.C, ith = me.ith, nth = me.nth
+    """Compute this worker's share of one phase of the network. Returns 1 if the step was aborted, else 0.
+
+    After the last layer's qkv, nothing reads rows whose logits are not wanted. So these phases compute only the wanted rows,
+    and the first of them puts these next to each other."""
+    cdef bint compact = s.compact and phase > QKV and layer >= net.L - 1
+    cdef Py_ssize_t R = s.W if compact else s.R, C = net.C, ith = me.ith, nth = me.nth
     cdef float* residual = s.residual + 2 * layer * s.residual_step     # the stream as it enters this layer ...
     cdef float* residual2 = residual + s.residual_step                  # ... after its attention ...
     cdef float* residual3 = residual2 + s.residual_step                 # ... and after its feed-forward
@@ -411,35 +422,39 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
     cdef float* fch = s.fch + layer * s.fch_step
     cdef float* fch_gelu = s.fch_gelu + layer * s.fch_step
     cdef const Tensors* w = &net.w
+    cdef const Py_ssize_t* gathered = NULL
     cdef Product p
+    if compact:
+        gathered = s.wanted
     if phase == ENCODER:
         encoder(net, s, ith, nth)                                                               # residual (R, C)
     elif phase == LN1:
         layernorm(net, s, 2 * layer, floats_of(&w.ln1w, layer), floats_of(&w.ln1b, layer), NULL, R, ith, nth)   # ln1 (R, C)
     elif phase == QKV:
         p = Product(qkv, 3 * C, ln1, C, part(&w.qkvw, layer), floats_of(&w.qkvb, layer), R, C, 3 * C,
-                    BIAS_KEYS_VALUES, NULL, NULL, layer)
+                    BIAS_KEYS_VALUES, NULL, NULL, NULL, layer)
         return matmul(net, s, &p, phase, me)                                                    # qkv (R, 3C)
     elif phase == ATTENTION:
-        attention(net, s, layer, ith, nth)                                                      # atty (R, C)
+        attention(net, s, layer, compact, ith, nth)                                             # atty (R, C)
     elif phase == ATTPROJ:
         p = Product(s.proj, C, atty, C, part(&w.attprojw, layer), floats_of(&w.attprojb, layer), R, C, C,
-                    BIAS_RESIDUAL, residual, residual2, layer)
+                    BIAS_RESIDUAL, residual, gathered, residual2, layer)
         return matmul(net, s, &p, phase, me)                                                    # residual2 (R, C)
     elif phase == LN2:
         layernorm(net, s, 2 * layer + 1, floats_of(&w.ln2w, layer), floats_of(&w.ln2b, layer), NULL, R, ith, nth)   # ln2 (R, C)
     elif phase == FC:
         p = Product(fch, s.fch_row, ln2, C, part(&w.fcw, layer), floats_of(&w.fcb, layer), R, C, net.F,
-                    BIAS_ACTIVATION, NULL, fch_gelu, layer)
+                    BIAS_ACTIVATION, NULL, NULL, fch_gelu, layer)
         return matmul(net, s, &p, phase, me)                                                    # fch, fch_gelu (R, F)
     elif phase == FCPROJ:
         p = Product(s.proj, C, fch_gelu, s.fch_row, part(&w.fcprojw, layer), floats_of(&w.fcprojb, layer), R, net.F, C,
-                    BIAS_RESIDUAL, residual2, residual3, layer)
+                    BIAS_RESIDUAL, residual2, NULL, residual3, layer)
         return matmul(net, s, &p, phase, me)                                                    # residual3 (R, C)
     elif phase == LNF:
-        layernorm(net, s, 2 * layer, floats_of(&w.lnfw, 0), floats_of(&w.lnfb, 0), s.wanted, s.W, ith, nth)     # lnf (W, C)
+        layernorm(net, s, 2 * layer, floats_of(&w.lnfw, 0), floats_of(&w.lnfb, 0), NULL if compact else s.wanted, s.W,
+                  ith, nth)                                                                     # lnf (W, C)
     elif phase == LOGITS:
-        p = Product(s.logits, s.logits_row, ln1, C, w.head, NULL, s.W, C, net.V, NOTHING, NULL, NULL, layer)
+        p = Product(s.logits, s.logits_row, ln1, C, w.head, NULL, s.W, C, net.V, NOTHING, NULL, NULL, NULL, layer)
         return matmul(net, s, &p, phase, me)                                                    # logits (W, V)
     else:
         cross_entropy(net, s, ith, nth)                                                         # losses (R,)
@@ -447,7 +462,11 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
 
 
 cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
-    """Return the number of phases of a step: encoder, seven a layer, last layernorm and logits if wanted, loss if wanted."""
+    """Return the number of phases of a step: encoder, seven a layer, last layernorm and logits if wanted, loss if wanted.
+
+    A step that only extends caches ends with the last layer's qkv."""
+    if s.compact and s.W == 0:
+        return LAYER_PHASES * (net.L - 1) + QKV + 1
     return 1 + LAYER_PHASES * net.L + (2 if s.W else 0) + (1 if s.losses != NULL else 0)
 
 
@@ -749,13 +768,15 @@ cdef class Step:
             row.token, row.pos, row.capacity = token, cache.ahead, cache.capacity
             row.keys, row.values = cache.keys.data, cache.values.data
             cache.ahead += 1
+            row.want = s.W if want else -1
             if want:
                 s.wanted[s.W] = r
                 s.W += 1
             longest = max(longest, cache.ahead)
             r += 1
         s.R = r
-        s.ln_size = FEW_ROWS * self.weights.net.C if r <= FEW_ROWS and s.losses == NULL else 0
+        s.compact = s.losses == NULL
+        s.ln_size = FEW_ROWS * self.weights.net.C if r <= FEW_ROWS and s.compact else 0
         self.first, self.last = 0, 1 if self.forked and active > 1 else phases(&self.weights.net, s)
         self._cut_spans()
         self._reserve_scratch(longest)
@@ -829,10 +850,11 @@ cdef class Step:
                 r == 0 or row.keys != s.rows[r - 1].keys or row.pos != s.rows[r - 1].pos + 1
                 or r - s.spans[s.n_spans - 1].start == SPAN_ROWS
             ):
-                s.spans[s.n_spans].start = r
+                s.spans[s.n_spans].start, s.spans[s.n_spans].W = r, 0
                 s.n_spans += 1
             cost += row.pos + 1
             s.spans[s.n_spans - 1].stop = r + 1
+            s.spans[s.n_spans - 1].W += row.want >= 0
             s.spans[s.n_spans - 1].cost = cost
 
     def more(self) -> bool:
@@ -868,6 +890,7 @@ cdef class Step:
         s.fch_gelu = self.kept.data             # other steps write it over fch
         s.probs = s.fch_gelu + s.R * s.fch_row
         s.ln_size = 0 if share_ln else s.ln_size
+        s.compact = False                       # every row may be read
         self.last = 0
         return phases(&self.weights.net, s)
 

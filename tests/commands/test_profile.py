@@ -176,9 +176,10 @@ def test_work_is_the_networks(base: Report) -> None:
     flop = {(row["mode"], row["name"]): row["flop"] for row in base["kernels"]}
     size = {(row["mode"], row["name"]): row["bytes"] for row in base["kernels"]}
     rounds, T = 2, 40
-    assert flop["prefill", "fc"] == rounds * L * 2 * T * C * 4 * C
+    assert flop["prefill", "qkv"] == rounds * L * 2 * T * C * 3 * C
+    assert flop["prefill", "fc"] == rounds * ((L - 1) * T + 1) * 2 * C * 4 * C  # in the last layer, only the last row
     assert flop["decode", "logits"] == rounds * 5 * 2 * V * C
-    assert flop["prefill", "attention"] == rounds * L * 4 * C * sum(range(1, T + 1))
+    assert flop["prefill", "attention"] == rounds * 4 * C * ((L - 1) * sum(range(1, T + 1)) + T)
     assert flop["decode", "attention"] == rounds * L * 4 * C * sum(range(T + 1, T + 6))
     weights = 2 * (12 * L * C * C + V * C)
     assert (shape["weights"], shape["head"]) == ("bfloat16", "bfloat16")

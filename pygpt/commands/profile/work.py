@@ -22,22 +22,31 @@ def forward(
     pairs = (sequences or 1) * (T * position + T * (T + 1) // 2)  # number of (row, visible key)
     seen = sum(position + rows * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 
-    def product(phase: str, N: int, K: int, extra: int = 0) -> tuple[int, int]:
+    def product(phase: str, rows: int, steps: int, N: int, K: int, extra: int = 0) -> tuple[int, int]:
         return 2 * rows * N * K, steps * stored[WEIGHTS[phase]][1] // L + 4 * rows * (N + K + extra)
 
-    norm = 8 * rows * C, 8 * rows * C
-    layer = {
-        "ln1": norm,
-        "qkv": product("qkv", 3 * C, C, extra=2 * C),  # keys and values go to the cache as well
-        "attention": (4 * C * pairs, 4 * (2 * C * seen + 2 * rows * C)),
-        "attproj": product("attproj", C, C, extra=2 * C),  # the residual stream is read and written
-        "ln2": norm,
-        "fc": product("fc", F, C, extra=F if sequences else 0),  # training stores fch as well as fch_gelu
-        "fcproj": product("fcproj", C, F, extra=2 * C),
-    }
+    def after_qkv(rows: int, steps: int, pairs: int, seen: int) -> Work:
+        return {
+            "attention": (4 * C * pairs, 4 * (2 * C * seen + 2 * rows * C)),
+            "attproj": product("attproj", rows, steps, C, C, extra=2 * C),  # the residual stream is read and written
+            "ln2": (8 * rows * C, 8 * rows * C),
+            "fc": product("fc", rows, steps, F, C, extra=F if sequences else 0),  # training stores fch as well as fch_gelu
+            "fcproj": product("fcproj", rows, steps, C, F, extra=2 * C),
+        }
+
+    def all_layers(each: tuple[int, int], last: tuple[int, int]) -> tuple[int, int]:
+        return (L - 1) * each[0] + last[0], (L - 1) * each[1] + last[1]
+
+    ln1, qkv = (8 * rows * C, 8 * rows * C), product("qkv", rows, steps, 3 * C, C, extra=2 * C)  # keys, values: to the cache
+    each = last = after_qkv(rows, steps, pairs, seen)
+    if wanted < rows:  # the last `wanted` rows: the last layer needs only the keys and values of the others
+        keys = position + T if wanted else 0
+        last = after_qkv(wanted, min(steps, wanted), wanted * keys - wanted * (wanted - 1) // 2, keys)
     return {
         "encoder": (rows * C, rows * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
-        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
+        "ln1": all_layers(ln1, ln1),
+        "qkv": all_layers(qkv, qkv),
+        **{name: all_layers(work, last[name]) for name, work in each.items()},
         "lnf": (8 * wanted * C, 8 * wanted * C),
         "logits": (2 * wanted * V * C, stored["wte"][1] + 4 * wanted * (V + C)),
     }
