@@ -114,6 +114,7 @@ INLINE void quantise_groups(char *values, float *scales, int32_t *sums, const fl
     const vec scale = choose(max < infinity, max / broadcast(127.0f), broadcast(NAN));
     const vec factor = choose((max < infinity) & (inverse < infinity), inverse, (vec){0});
     for (int g = 0; g < count; g++) {
+        for (int line = 0; line < GROUP; line += 16) __builtin_prefetch(inp + (count + g) * GROUP + line); /* the next groups */
         UNROLL for (int i = 0; i < GROUP / W; i++) {
             const vec x = *(const vec_unaligned *)(inp + g * GROUP + i * W);
             const vec scaled = factor[g] == 0.0f ? (vec){0} : x * broadcast(factor[g]);
