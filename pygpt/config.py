@@ -7,9 +7,8 @@ Source of names and order: llm.c, train_gpt2.c. Source of the variations: transf
 from collections.abc import Callable, Iterator
 from math import prod
 
-from .errors import InputError, check_whole, shown
+from .errors import TYPE_CHECKING, InputError, check_whole, shown
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

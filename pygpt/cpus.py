@@ -4,9 +4,8 @@ import math
 import os
 from collections.abc import Iterator
 
-from .errors import InputError, check_whole
+from .errors import TYPE_CHECKING, InputError, check_whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .errors import InputError, PyGPTError, check_whole
+from .errors import TYPE_CHECKING, InputError, PyGPTError, check_whole
 from .formats.dtypes import ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -15,7 +15,6 @@ from .hub.find import find_model
 from .network import CHUNK, KVCache, Network, Row
 from .pool import TRIES
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 

@@ -21,12 +21,11 @@ from contextlib import suppress
 
 from ._signals import holding, see_through
 from .cpus import MAX_THREADS, check_threads, runnable
-from .errors import ClosedError, Closing, PyGPTError, check_whole
+from .errors import TYPE_CHECKING, ClosedError, Closing, PyGPTError, check_whole
 
 TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt at each attempt
 OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex, TypeVar
 

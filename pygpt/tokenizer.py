@@ -21,9 +21,8 @@ from unicodedata import normalize
 
 from ._signals import holding
 from .config import Config
-from .errors import InputError, PyGPTError, shown, whole
+from .errors import TYPE_CHECKING, InputError, PyGPTError, shown, whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 

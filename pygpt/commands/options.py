@@ -3,10 +3,9 @@
 import argparse
 
 from ..cpus import MAX_THREADS
-from ..errors import InputError
+from ..errors import TYPE_CHECKING, InputError
 from .console import whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

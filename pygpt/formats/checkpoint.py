@@ -10,11 +10,10 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, shown, whole
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, shown, whole
 from .dtypes import BFLOAT16, FLOAT32, Format, ModelFile, layout
 from .files import HEADER_BYTES, MODEL_KIND, MappedFile, atomic_file
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt

@@ -9,9 +9,8 @@ panels (panels.py), and they alone quantise (csrc/quantise.h). Source of the blo
 from collections.abc import Iterable
 
 from ..config import Config
-from ..errors import CheckpointError, Closing, InputError
+from ..errors import TYPE_CHECKING, CheckpointError, Closing, InputError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import IO, Any

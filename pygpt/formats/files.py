@@ -11,9 +11,8 @@ from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import ClosedError, Closing, PyGPTError
+from ..errors import TYPE_CHECKING, ClosedError, Closing, PyGPTError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
-from ..errors import CheckpointError, InputError, is_whole, plural, shown
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, is_whole, plural, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format, ModelFile, common_format, layout
@@ -22,7 +22,6 @@ from .files import MODEL_KIND, MappedFile, atomic_file
 from .panels import ALIGNMENT as ALIGNED
 from .panels import MATRICES, QUANTISED, aligned, stored_size
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .dtypes import Blocks
 

@@ -15,14 +15,13 @@ from math import prod
 
 from ..config import LIMITS, Config
 from ..cpus import resolve_threads
-from ..errors import CheckpointError, InputError, shown
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, shown
 from ..pool import ThreadPool
 from .dtypes import EMBEDDINGS, FLOAT32, FORMATS, Q4_0, Q8_0, Format, ModelFile, layout
 from .files import atomic_file
 from .safetensors import FORMATS as STORED
 from .safetensors import SafetensorsFile, header_of, parse_object
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Any, SupportsIndex
 

@@ -17,11 +17,10 @@ from importlib import import_module
 from typing import IO, Any
 
 from ..config import IGNORED
-from ..errors import DataError, InputError, PyGPTError, check_flag, shown
+from ..errors import TYPE_CHECKING, DataError, InputError, PyGPTError, check_flag, shown
 from ..tokenizer import Tokenizer
 from .files import atomic_file, foreign_file, reason
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:  # chat starts without NumPy
     import numpy as np
     import numpy.typing as npt

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_number, check_whole, listed, plural, sequence, shown, whole
+from ..errors import TYPE_CHECKING, InputError, check_number, check_whole, listed, plural, sequence, shown, whole
 from .sampling import check_positive, not_finite
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -15,13 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..errors import InputError, Uncopied, check_number, check_whole
+from ..errors import TYPE_CHECKING, InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
 from .speculate import Draft, Speculation, Speculator
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 

@@ -4,14 +4,13 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from collections.abc import Generator as Steps
 
 from ..config import Config
-from ..errors import Closing, InputError, check_whole, shown, whole
+from ..errors import TYPE_CHECKING, Closing, InputError, check_whole, shown, whole
 from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
 from .request import Request
 from .speculate import Draft
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, SupportsFloat, SupportsIndex, Unpack
 

@@ -5,9 +5,8 @@ If a request shares a prefix with an earlier one, only the remaining tokens are 
 
 from collections.abc import Sequence
 
-from ..errors import InputError, Uncopied, check_whole
+from ..errors import TYPE_CHECKING, InputError, Uncopied, check_whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol, SupportsIndex

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_whole, is_boolean, near, plural, sequence, shown
+from ..errors import TYPE_CHECKING, InputError, check_whole, is_boolean, near, plural, sequence, shown
 from .control import CONTROLS, Control
 from .sampling import Sampler
 from .stop import Stop
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict

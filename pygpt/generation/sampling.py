@@ -13,9 +13,8 @@ The reference and the fast path call the same functions."""
 import os
 
 from .._kernels import draw, greedy, median, race, sample_weights
-from ..errors import InputError, NumericalError, check_flag, check_number, check_whole, real, shown
+from ..errors import TYPE_CHECKING, InputError, NumericalError, check_flag, check_number, check_whole, real, shown
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 

@@ -11,9 +11,8 @@ from contextlib import suppress
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_flag, shown, whole
+from ..errors import TYPE_CHECKING, InputError, check_flag, shown, whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
