@@ -130,8 +130,7 @@ class GPT2(Generator):
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
-        If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
-        room for."""
+        If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more than it has room for."""
         row: npt.NDArray[np.float32] = self._whole(lambda lengths: self.network.extend(cache, tokens, lengths))[0]
         return row
 
