@@ -1,7 +1,6 @@
 """The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/trainable.py has its training.
 
-Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
-"""
+Commands, tests and benchmarks compare the fast path with it. It computes one number at a time, without vector instructions."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence

@@ -414,8 +414,7 @@ class Engine(Uncopied):
         while right < len(part.guesses) and event.token == part.guesses[right] and not _has_ended(part.sequence):
             part.memory.note([part.guesses[right]])
             right += 1
-            event = self._take(part.sequence, logits, row + right)
-            events.append(event)
+            events.append(event := self._take(part.sequence, logits, row + right))
         part.memory.cache.truncate(len(part.memory.tokens))
         return events[1:]
 

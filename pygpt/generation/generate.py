@@ -169,12 +169,11 @@ class Generator(Closing):
         seeds = list(seed) if isinstance(seed, Iterable) and whole(seed) is None else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
-        requests = [
-            Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options)
+        engine = Engine(self.network, draft=self.draft)
+        jobs = [
+            engine.add(Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options), n=n)
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
-        engine = Engine(self.network, draft=self.draft)
-        jobs = [engine.add(request, n=n) for request in requests]
         for event in engine.run():
             if event.error is not None:
                 raise event.error

@@ -1,7 +1,6 @@
 """Cache computed prefixes: key-value caches with their tokens.
 
-If a request shares a prefix with an earlier one, only the remaining tokens are computed. The bits of the result are the same.
-"""
+If a request shares a prefix with an earlier one, only the remaining tokens are computed. The result has the same bits."""
 
 from collections.abc import Sequence
 

@@ -112,9 +112,8 @@ def _name(name: str | None, do_sample: bool | None, option: str | None, *, zero:
         do_sample = check_flag("do_sample", do_sample, " (sampler sample or sampler greedy)")
         meant = "sample" if do_sample else "greedy"
         if name not in (None, meant):
-            raise InputError(
-                f"do_sample is {do_sample}, which means sampler {meant}, and sampler is {name!r}: give one of them"
-            )
+            what = f"do_sample is {do_sample}, which means sampler {meant}"
+            raise InputError(f"{what}, and sampler is {name!r}: give one of them")
         name = meant
     if zero and name != "median":
         return "greedy"
