@@ -18,8 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     first = arguments[0] if arguments else ""
     if first in COMMANDS:
-        module, _ = COMMANDS[first]
-        return import_command(module)(arguments[1:])
+        return import_command(COMMANDS[first][0])(arguments[1:])
     if first[:1].isalpha():
         way = f"complete a text with `pygpt chat TEXT`; the commands are {', '.join(COMMANDS)}"
         return complain(f"{first[:40]!r} is neither a token id nor a command: {way}", 2)

@@ -9,9 +9,8 @@ Parts of this file:
 
 Order of sums. A weight's gradient is a sum over rows in ascending order (batch by batch, position by position). It starts at
 zero, or at the present gradient if accumulated. The work is split over outputs, so no worker adds to another's numbers, and the
-bits do not depend on the number of workers. An input's gradient is a sum over outputs, ascending. Both sums are sequential and
-use fused multiply-add. Sums within a row (layernorm, softmax) use 16 lanes. wte's gradient adds the head's part first, then the
-encoder's part row by row.
+bits do not depend on their number. An input's gradient is a sum over outputs, ascending. Both sums are sequential and use fused
+multiply-add. Sums in a row (layernorm, softmax) use 16 lanes. wte's gradient adds the head's part, then the encoder's by row.
 
 Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update."""
 
@@ -312,8 +311,7 @@ cdef class TrainStep(Step):
     cdef bint keeps                 # whether the activations of every layer are kept for backward()
     cdef Floats kept                # these activations, or one layer's
     cdef Floats moving              # the gradients of activations
-    cdef Floats backward_scratch
-    cdef Floats all_logits
+    cdef Floats backward_scratch, all_logits
     cdef readonly Py_ssize_t rows   # the R of these buffers
     cdef Py_ssize_t trained         # rows with a target in the last forward pass, at least 1
     cdef list caches                # keys and values of the batch's sequences

@@ -4,8 +4,7 @@
 The kernels are plain scalar loops over float32, with one thread and without a cache. Every call runs the whole network over all
 tokens so far, and computes logits and probabilities for every row, as the serial `gpt` program does for each new token. Sums
 run in ascending index, and a dot product starts from its bias. exp, tanh, cosh and log come from libm. The compiler flags are
-the same as for the fast path. The loops are neither tuned nor slowed down on purpose. Backward kernels add to the given
-gradients.
+those of the fast path. The loops are neither tuned nor slowed down on purpose. Backward kernels add to the given gradients.
 
 There are B sequences of T tokens, N = B * T rows. The numbers equal llm.c's, and memory use is lower. Probabilities, and then
 gradients, overwrite the logits. Activations that no backward kernel reads, and gradients of activations, are kept for one
@@ -16,6 +15,8 @@ Source: llm.c, train_gpt2.c, its functions without OpenMP."""
 from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport INFINITY, NAN, coshf, erff, expf, fabsf, fmaf, logf, rintf, sqrt, sqrtf, tanhf
 from libc.string cimport memcpy, memset
+
+from array import array
 
 from .config import ACTIVATIONS, HEAD, TENSORS
 
@@ -676,10 +677,7 @@ cdef class Reference:
         """Return (logits, probs), memoryviews (T, V), for T token ids; each id is below V, and T is at most maxT."""
         cdef Py_ssize_t T = len(tokens), V = self.config.V
         cdef Activations activations = Activations(self.config, 1, T, keep=False)
-        ids = memoryview(bytearray(4 * T)).cast("i")
-        for t, token in enumerate(tokens):
-            ids[t] = token
-        cdef const int[::1] token_ids = ids
+        cdef const int[::1] token_ids = array("i", tokens)
         probs = _floats(T * V)
         cdef float[::1] probs_view = probs
         activations.forward(self.weights, &self.matrices, &token_ids[0])
@@ -694,12 +692,10 @@ cdef class Training:
     Inputs and targets are int32 arrays (B, T) of ids below V, and T is at most maxT. The caller checks these limits."""
 
     cdef readonly object config
-    cdef float[::1] parameters
-    cdef float[::1] gradients
+    cdef float[::1] parameters, gradients
     cdef Tensors weights, dweights
     cdef Activations activations        # of the last forward(), until backward() consumes them
-    cdef const int[:, ::1] inputs       # of the last forward()
-    cdef const int[:, ::1] targets
+    cdef const int[:, ::1] inputs, targets   # of the last forward()
     cdef readonly Py_ssize_t updates    # the number of updates so far
 
     def __init__(self, float[::1] parameters, float[::1] gradients, config):

@@ -180,8 +180,7 @@ class Watch:
         for cache, places in sequences.items():
             edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache)
             for change in edits.changes if edits is not None else ():
-                concerned = [place for place in places if change.position in (None, place[1])]
-                if found := self._rows(change.name, concerned):
+                if found := self._rows(change.name, [place for place in places if change.position in (None, place[1])]):
                     site = self._sites.setdefault((change.name, change.layer), [])
                     site.append((edits, change, found, places[-1][1] + 1))
         self._end = work.watch(share_ln=any(name in ("ln1", "ln2", "lnf") for name, _ in self._sites))

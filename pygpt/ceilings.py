@@ -17,10 +17,9 @@ from statistics import median
 
 from ._kernels import Floats, probe_dots, probe_fma, probe_read, zero
 from .cpus import resolve_threads
-from .errors import Closing
+from .errors import TYPE_CHECKING, Closing
 from .pool import ThreadPool
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._backward import TrainStep
 

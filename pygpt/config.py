@@ -7,9 +7,8 @@ Source of names and order: llm.c, train_gpt2.c. Source of the variations: transf
 from collections.abc import Callable, Iterator
 from math import prod
 
-from .errors import InputError, check_whole, shown
+from .errors import TYPE_CHECKING, InputError, check_whole, shown
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -63,9 +62,8 @@ class Config:
             raise TypeError(f"Config() has no argument {min(unknown)!r}")
         given = {**VARIATIONS, **variations}
         self.F: int = check_whole("F", 4 * self.C if given["F"] is None else given["F"], 1, 4 * LIMITS["C"])
-        if given["activation"] not in [*ACTIVATIONS, *ALIASES]:
-            names = ", ".join((*ACTIVATIONS, *ALIASES))
-            raise InputError(f"activation is {shown(given['activation'])}: it must be one of {names}")
+        if given["activation"] not in (names := [*ACTIVATIONS, *ALIASES]):
+            raise InputError(f"activation is {shown(given['activation'])}: it must be one of {', '.join(names)}")
         self.activation: str = ALIASES.get(given["activation"], given["activation"])
         self.epsilon = given["epsilon"]
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not 1e-30 <= self.epsilon <= 1:

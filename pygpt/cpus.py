@@ -4,9 +4,8 @@ import math
 import os
 from collections.abc import Iterator
 
-from .errors import InputError, check_whole
+from .errors import TYPE_CHECKING, InputError, check_whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
@@ -52,9 +51,8 @@ def resolve_threads(threads: "SupportsIndex | None" = None) -> int:
 def default_threads(root: str = "/") -> int:
     """Return how many workers to use by default, at least 1: the least of the processors that this process may use, their
     physical cores, and the cgroup's CPU quota rounded down."""
-    cpus = _processors()
     # A processor without topology files counts as a core.
-    cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
+    cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in _processors()}
     return max(1, min(len(cores), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))))
 
 
@@ -86,8 +84,7 @@ def _cpu_quotas(root: str) -> Iterator[float]:
 
 def processors() -> list[str]:
     """Return the name of each processor, or [] if the system does not list them in /proc/cpuinfo."""
-    lines = _read("/proc/cpuinfo").splitlines()
-    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
 
 
 def _read(path: str) -> str:

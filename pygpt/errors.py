@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from operator import index
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # for every module: typing takes long to import
 if TYPE_CHECKING:
     from typing import Any, NoReturn, Self, SupportsIndex
 

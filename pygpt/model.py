@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .errors import InputError, PyGPTError, check_whole
+from .errors import TYPE_CHECKING, InputError, PyGPTError, check_whole
 from .formats.dtypes import ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -15,7 +15,6 @@ from .hub.find import find_model
 from .network import CHUNK, KVCache, Network, Row
 from .pool import TRIES
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 
@@ -131,8 +130,7 @@ class GPT2(Generator):
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
-        If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
-        room for."""
+        If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more than it has room for."""
         row: npt.NDArray[np.float32] = self._whole(lambda lengths: self.network.extend(cache, tokens, lengths))[0]
         return row
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 from . import cpus
 from ._kernels import Floats, KeysValues, Step, Trace, Weights, copy_keys_values
 from .config import Config
-from .errors import ClosedError, InputError, Uncopied, check_whole, sequence
+from .errors import TYPE_CHECKING, ClosedError, InputError, Uncopied, check_whole, sequence
 from .pool import ThreadPool, nothing
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 

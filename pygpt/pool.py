@@ -21,12 +21,11 @@ from contextlib import suppress
 
 from ._signals import holding, see_through
 from .cpus import MAX_THREADS, check_threads, runnable
-from .errors import ClosedError, Closing, PyGPTError, check_whole
+from .errors import TYPE_CHECKING, ClosedError, Closing, PyGPTError, check_whole
 
 TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt at each attempt
 OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex, TypeVar
 
@@ -44,8 +43,7 @@ class ThreadPool(Closing):
     def __init__(self, nth: "SupportsIndex") -> None:
         self.nth = check_threads(nth)
         self._turn = threading.RLock()  # its holder may use the fields below
-        self._busy = False
-        self._closed = False
+        self._busy = self._closed = False
         self._workers: _Workers | None = None
         self._ready()
         _note(self)
@@ -310,11 +308,6 @@ def _living() -> list[ThreadPool]:
     return [pool for reference in list(_pools) if (pool := reference()) is not None]
 
 
-def _after_fork_in_child() -> None:
-    for pool in _living():
-        pool._after_fork()
-
-
 def _at_exit() -> None:
     """Stop idle workers. A worker that is still busy after a second ends with the process (daemon). A pool that
     is used later makes new threads, if Python still allows it."""
@@ -331,5 +324,5 @@ def _at_exit() -> None:
         workers.join(deadline)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=lambda: list(map(ThreadPool._after_fork, _living())))
 atexit.register(_at_exit)

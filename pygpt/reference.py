@@ -1,20 +1,18 @@
 """The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/trainable.py has its training.
 
-Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
-"""
+Commands, tests and benchmarks compare the fast path with it. It computes one number at a time, without vector instructions."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference
-from .errors import ClosedError, InputError, Uncopied
+from .errors import TYPE_CHECKING, ClosedError, InputError, Uncopied
 from .formats.dtypes import FORMATS, Q4_0, Q8_0, ModelFile
 from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 

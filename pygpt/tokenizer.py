@@ -21,9 +21,8 @@ from unicodedata import normalize
 
 from ._signals import holding
 from .config import Config
-from .errors import InputError, PyGPTError, shown, whole
+from .errors import TYPE_CHECKING, InputError, PyGPTError, shown, whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 
@@ -160,10 +159,8 @@ class _Encoding:
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             if isinstance(error, InputError):
                 raise
-            what = f"{type(error).__name__} {shown(str(error))}"
-            raise InputError(
-                f"the vocabulary is damaged ({what}): fetch it again; load_tokenizer(path) opens a file"
-            ) from error
+            what = f"the vocabulary is damaged ({type(error).__name__} {shown(str(error))})"
+            raise InputError(f"{what}: fetch it again; load_tokenizer(path) opens a file") from error
 
     def _read(self, vocabulary: "dict[str, Any]") -> None:
         self._given = vocabulary
@@ -489,7 +486,6 @@ def _read_checked(path: str) -> bytes:
         raise PyGPTError(f"{path}: cannot read GPT-2's vocabulary: {error.strerror}; install pygpt again") from error
     found = hashlib.sha256(content).hexdigest()
     if found != VOCABULARY_SHA256:
-        raise PyGPTError(
-            f"{path}: GPT-2's vocabulary is damaged: sha256 {found}, expected {VOCABULARY_SHA256}; install pygpt again"
-        )
+        what = f"GPT-2's vocabulary is damaged: sha256 {found}, expected {VOCABULARY_SHA256}"
+        raise PyGPTError(f"{path}: {what}; install pygpt again")
     return content

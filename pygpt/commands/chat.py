@@ -1,7 +1,6 @@
 """Complete texts with GPT-2. Each text is completed on its own.
 
-stdout carries only the replies. If stdout is not a terminal, prompts and the output of / commands go to stderr, like notices.
-"""
+stdout carries only the replies. If stdout is not a terminal, prompts and output of / commands go to stderr, like notices."""
 
 import argparse
 import io
@@ -61,12 +60,9 @@ text\\              continue the text on the next line; \\\\ stands for a final 
 
 SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and are not fields of a request
 FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
-SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
-    name: FIELDS.get(name, name)
-    for name in ["new", "sampler", "temperature", "top_k", "top_p", "min_p"]
-    + [name for _, name, _, _ in CONTROL]
-    + ["seed", "stop", "stop_token", "overflow", "speculate", *SWITCHES]
-}
+NAMES = ["new", "sampler", "temperature", "top_k", "top_p", "min_p", *(name for _, name, _, _ in CONTROL)]
+NAMES += ["seed", "stop", "stop_token", "overflow", "speculate", *SWITCHES]
+SETTINGS = {name: FIELDS.get(name, name) for name in NAMES}  # of /set: name, and its name as a field of a request
 ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): name for flag, name, _, _ in CONTROL}}
 
 
@@ -102,11 +98,10 @@ class Settings:
 
     def change(self, name: str, value: str) -> None:
         """Set a setting to the value that the user typed. For a bad value, change nothing and raise InputError."""
-        typed = name
-        name, key = find_setting(typed)
+        known, key = find_setting(name)
         if key in SWITCHES:
             if value not in ("on", "off", "default"):
-                raise InputError(f"{name} is {value!r:.40}: it must be on or off")
+                raise InputError(f"{known} is {value!r:.40}: it must be on or off")
             self.switches[key] = self._given[key] if value == "default" else value == "on"
             return
         before = self._asked
@@ -114,13 +109,13 @@ class Settings:
             if value == "default":
                 self._asked = {other: kept for other, kept in before.items() if other != key}
             else:
-                self._asked = complete_order(read_setting(name, key, value), before)  # removes settings that contradict it
+                self._asked = complete_order(read_setting(known, key, value), before)  # removes settings that contradict it
             self.check([0])
         except InputError as error:
             self._asked = before
             subject, is_, limit = str(error).partition(" is ")
-            if subject.partition(" ")[0] in (name, key):  # "max_new_tokens (--max-new-tokens) is 'x': ..."
-                raise InputError(f"{typed}{is_}{limit}") from None
+            if subject.partition(" ")[0] in (known, key):  # "max_new_tokens (--max-new-tokens) is 'x': ..."
+                raise InputError(f"{name}{is_}{limit}") from None
             raise
 
     def show(self, name: str) -> str:
@@ -304,8 +299,7 @@ class Chat:
                 [completion] = model.generate_batch([tokens], max_new_tokens=1, overflow=overflow, top_logprobs=count)
         except KeyboardInterrupt:
             return show("")
-        top = completion.infos[0].top
-        rows = [(token, self._tokenizer.decode_bytes([token]), exp(logprob)) for token, logprob in top]
+        rows = [(token, self._tokenizer.decode_bytes([token]), exp(logprob)) for token, logprob in completion.infos[0].top]
         return show(table(rows, prompt_stream()))
 
 

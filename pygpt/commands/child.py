@@ -204,8 +204,7 @@ def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
             words.append(rest)
         for word in filter(None, words):
             if not word.isdigit() or len(word) > LONGEST_ID:
-                found = word[:40].decode("utf-8", "replace")
-                raise ChildError(f"the pygpt command answered {found!r} instead of a token id")
+                raise ChildError(f"the pygpt command answered {word[:40].decode('utf-8', 'replace')!r} instead of a token id")
             yield int(word)
         if newline:
             return

@@ -8,12 +8,11 @@ from contextlib import closing
 from time import perf_counter
 
 from .. import __version__
-from ..errors import InputError, plural
+from ..errors import TYPE_CHECKING, InputError, plural
 from . import COMMANDS
 from .console import Parser, check_stdout, command, say
 from .options import add_completion_options, add_model_options, load_options, parse_id, read_options
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -12,9 +12,8 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 
-from ..errors import CheckpointError, InputError, PyGPTError
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, PyGPTError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, NoReturn, TextIO

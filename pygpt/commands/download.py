@@ -220,10 +220,8 @@ def _import_hub() -> None:
         import huggingface_hub.file_download  # noqa: F401
         from huggingface_hub.errors import RemoteEntryNotFoundError  # noqa: F401 - versions before 1.0 do not have it
     except ImportError as error:
-        way = "python -m pip install huggingface_hub"
-        raise ImportError(
-            f"downloads need huggingface_hub from version 1.31 on, which cannot be imported ({error}): {way}"
-        ) from error
+        what = f"downloads need huggingface_hub from version 1.31 on, which cannot be imported ({error})"
+        raise ImportError(f"{what}: python -m pip install huggingface_hub") from error
     except ValueError as error:  # HF_HUB_ETAG_TIMEOUT=soon
         raise InputError(f"huggingface_hub does not accept a variable HF_...: {error}") from error
 

@@ -39,6 +39,7 @@ FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
 LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
 MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
+Ids = Sequence[int]
 Result = dict[str, Any]
 
 
@@ -55,13 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
 
     def task(name: str, positional: str, meaning: str, summary: str, before: Sequence[str] = ()) -> argparse.ArgumentParser:
-        made = tasks.add_parser(
-            name,
-            parents=[shared] if before else [one_model, shared],
-            usage=f"pygpt eval {' '.join([name, *before, positional])} [options]",
-            description=summary,
-            help=summary,
-        )
+        parents = [shared] if before else [one_model, shared]
+        usage = f"pygpt eval {' '.join([name, *before, positional])} [options]"
+        made = tasks.add_parser(name, parents=parents, usage=usage, description=summary, help=summary)
         for name in before:
             made.add_argument(name.lower(), metavar=name, help=model)
         made.add_argument("subject", metavar=positional, help=meaning)
@@ -87,8 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the models, run the task, and print the result."""
     check_stdout("the result")
-    names = [options.a, options.b] if options.task == "compare" else [options.model]
-    paths = [find_model(name)[0] for name in names]
+    paths = [find_model(name)[0] for name in ([options.a, options.b] if options.task == "compare" else [options.model])]
     with ExitStack() as opened:
         models = [opened.enter_context(GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer)) for path in paths]
         start = time.perf_counter()
@@ -110,24 +106,19 @@ def log_sums(rows: Losses) -> Losses:
     return out
 
 
-def blocks(
-    models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]
-) -> Iterator[tuple[list[Losses], Sequence[int]]]:
+def blocks(models: Sequence[GPT2], tokens: Ids, targets: Ids) -> Iterator[tuple[list[Losses], Ids]]:
     """Run tokens through each model. Yield blocks of the last len(targets) rows: each model's logits, [16, V], and targets."""
-    caches = [model.new_cache(len(tokens)) for model in models]
+    pairs = [(model, model.new_cache(len(tokens))) for model in models]
     silent = len(tokens) - len(targets)  # number of rows that are only context
     for start in range(0, len(tokens), ROWS):
         stop = min(start + ROWS, len(tokens))
-        logits = [
-            model.step([(tokens[i], cache, i >= silent) for i in range(start, stop)])
-            for model, cache in zip(models, caches, strict=True)
-        ]
+        logits = [model.step([(tokens[i], cache, i >= silent) for i in range(start, stop)]) for model, cache in pairs]
         wanted = targets[max(0, start - silent) : max(0, stop - silent)]
         for at in range(0, len(wanted), FLOAT64_ROWS):
             yield [rows[at : at + FLOAT64_ROWS].astype("f8") for rows in logits], wanted[at : at + FLOAT64_ROWS]
 
 
-def sums_of(models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]) -> list[float]:
+def sums_of(models: Sequence[GPT2], tokens: Ids, targets: Ids) -> list[float]:
     """Run tokens through each model; return sums over the last len(targets) tokens, whose successors are `targets`.
 
     Each model has a sum of losses, in nats. Two models also have the sum of divergences of the second from the first, and the
@@ -231,13 +222,10 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
     facts, rows, (loss, other_loss, kl, agreement), _ = slide([model, other], options)
     powers, texts = zip(power_of(loss), power_of(other_loss), strict=True)
     result = {**facts, "loss": [loss, other_loss], "perplexity": powers, "kl_divergence": kl, "top1_agreement": agreement}
-    lines = [
-        f"A: perplexity {texts[0]}, loss {loss:.6f} nats per token",
-        f"B: perplexity {texts[1]}, loss {other_loss:.6f} ({other_loss - loss:+.6f})",
-        f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %",
-        where(facts),
-    ]
-    return result, rows, "\n".join(lines)
+    first = f"A: perplexity {texts[0]}, loss {loss:.6f} nats per token"
+    second = f"B: perplexity {texts[1]}, loss {other_loss:.6f} ({other_loss - loss:+.6f})"
+    both = f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %"
+    return result, rows, "\n".join([first, second, both, where(facts)])
 
 
 def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:

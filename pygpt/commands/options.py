@@ -3,10 +3,9 @@
 import argparse
 
 from ..cpus import MAX_THREADS
-from ..errors import InputError
+from ..errors import TYPE_CHECKING, InputError
 from .console import whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
@@ -58,8 +57,7 @@ def add_model_options(add: "Callable[..., object]", *, stops: str = "") -> None:
     add("--tokenizer", metavar="FILE", help=f"{stops}{TOKENIZER_HELP}")
     unknown = "never choose an id that the tokenizer does not have, such as one of a padded vocabulary"
     add("--text-only", action="store_true", help=unknown)
-    weights = "quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
-    add("--weights", metavar="FORMAT", help=weights)
+    add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")
     add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file")
 

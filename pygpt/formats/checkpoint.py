@@ -10,14 +10,15 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, shown, whole
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, shown, whole
 from .dtypes import BFLOAT16, FLOAT32, Format, ModelFile, layout
-from .files import HEADER_BYTES, MODEL_KIND, MappedFile, atomic_file
+from .files import HEADER_BYTES, MODEL_KIND, MappedFile, Path, atomic_file
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    Array = npt.NDArray[np.float32]
 
 MAGIC = 20240326
 FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
@@ -28,7 +29,7 @@ def file_bytes(config: Config, version: int) -> int:
     return HEADER_BYTES + FORMATS[version].size(config.parameters(padded=version != 1))
 
 
-def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
+def check_plain(config: Config, path: Path) -> None:
     """Raise InputError for a model that a .bin file cannot describe: its header has only dimensions."""
     for name, value in config.variations.items():
         way = "`pygpt quantize` and `pygpt train` write .safetensors files, `pygpt convert` folders (a name that ends in /)"
@@ -56,7 +57,7 @@ class Checkpoint(ModelFile):
 
     _file: MappedFile
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+    def __init__(self, path: Path, *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
         self._file = MappedFile(self.path, MODEL_KIND, CheckpointError, self._check, read=not mmap)
         self.formats = dict.fromkeys((name for name, _ in self.config.table), FORMATS[self.version])
@@ -90,7 +91,7 @@ class Checkpoint(ModelFile):
         """The mapped bytes after the header."""
         return self._file.view(HEADER_BYTES, self.size)
 
-    def tensor(self, name: str) -> "npt.NDArray[np.float32]":
+    def tensor(self, name: str) -> "Array":
         """Return one tensor as float32, wte without padding: a read-only view of the file, or a copy of bfloat16 values."""
         shape = next((shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name), None)
         return self.format.values(self._stored(name)[1]).reshape(shape)
@@ -106,11 +107,7 @@ class Checkpoint(ModelFile):
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str],
-    config: Config,
-    tensors: "Mapping[str, npt.ArrayLike | Iterator[npt.ArrayLike]]",
-    *,
-    version: int = 3,
+    path: Path, config: Config, tensors: "Mapping[str, npt.ArrayLike | Iterator[npt.ArrayLike]]", *, version: int = 3
 ) -> None:
     """Write a checkpoint of version 1, 3 or 5 to a temporary file in the same folder, then rename it.
 
@@ -136,9 +133,7 @@ def write_checkpoint(
                 file.write(bytes(FORMATS[version].size((config.Vp - config.V) * config.C)))
 
 
-def _checked(
-    name: str, shape: tuple[int, ...], tensor: "npt.ArrayLike | Iterator[npt.ArrayLike]"
-) -> "Iterator[npt.NDArray[np.float32]]":
+def _checked(name: str, shape: tuple[int, ...], tensor: "npt.ArrayLike | Iterator[npt.ArrayLike]") -> "Iterator[Array]":
     import numpy as np
 
     found = 0

@@ -9,9 +9,8 @@ panels (panels.py), and they alone quantise (csrc/quantise.h). Source of the blo
 from collections.abc import Iterable
 
 from ..config import Config
-from ..errors import CheckpointError, Closing, InputError
+from ..errors import TYPE_CHECKING, CheckpointError, Closing, InputError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import IO, Any
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     DType = str | list[Any]
     Map = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
-    Shape = tuple[int, ...]
+    Shapes = Mapping[str, tuple[int, ...]]
     Blocks = npt.NDArray[Any]  # (rows, blocks): a part of a matrix in its format, row-major
 
 PIECE = 1 << 18  # values that are converted at a time
@@ -68,9 +67,7 @@ class Format:
 
 def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
     """Map bits of bfloat16, the upper half of a float32, to float32. This is exact, and keeps the bits of a NaN."""
-    wide = bits.astype("<u4")
-    wide <<= 16
-    return wide.view("<f4")
+    return (bits.astype("<u4") << 16).view("<f4")
 
 
 def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
@@ -160,9 +157,7 @@ class ModelFile(Closing):
     def _bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
 
-    def _check_tensors(
-        self, wanted: "Mapping[str, Mapping[str, Shape]]", found: "Mapping[str, Shape]", what: str = "shape"
-    ) -> None:
+    def _check_tensors(self, wanted: "Mapping[str, Shapes]", found: "Shapes", what: str = "shape") -> None:
         """Compare the tensors of a file with those wanted, by our names and by theirs. Raises CheckpointError."""
         names = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
         for name, shape in names.items():

@@ -11,9 +11,8 @@ from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import ClosedError, Closing, PyGPTError
+from ..errors import TYPE_CHECKING, ClosedError, Closing, PyGPTError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO
 
@@ -22,6 +21,8 @@ HEADER_BYTES = 1024  # of llm.c's files: int32[256]
 GGUF_MAGIC = b"GGUF"
 ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before version 1.6:
 PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+Check = Callable[[bytes, int], None]
+Path = str | os.PathLike[str]
 
 
 class MappedFile(Closing):
@@ -33,13 +34,7 @@ class MappedFile(Closing):
     become shorter. Raises MemoryError if the address space has no room."""
 
     def __init__(
-        self,
-        path: str,
-        kind: str,
-        refusal: type[PyGPTError],
-        check: Callable[[bytes, int], None] | None = None,
-        *,
-        read: bool = False,
+        self, path: str, kind: str, refusal: type[PyGPTError], check: Check | None = None, *, read: bool = False
     ) -> None:
         self.path, self._kind, self._refusal = path, kind, refusal
         self._copy: memoryview | None = None
@@ -111,7 +106,7 @@ class MappedFile(Closing):
                 self._fd, self._copy = -1, None
 
 
-def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> memoryview:
+def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Check) -> memoryview:
     """Return all bytes of a checked file. Arguments and errors are those of MappedFile."""
     with MappedFile(path, kind, refusal, check) as file:
         return file.view(0, file.size)
@@ -171,7 +166,7 @@ def foreign_file(start: bytes) -> str:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
+def atomic_file(path: Path) -> Iterator["IO[bytes]"]:
     """Open a temporary file in the folder of `path`, and rename it to `path` if the block ends without an exception."""
     path = os.path.realpath(path)  # replace the file that a symbolic link names, not the link
     if os.path.exists(path) and not os.path.isfile(path):

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
-from ..errors import CheckpointError, InputError, is_whole, plural, shown
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, is_whole, plural, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format, ModelFile, common_format, layout
-from .files import MODEL_KIND, MappedFile, atomic_file
+from .files import MODEL_KIND, MappedFile, Path, atomic_file
 from .panels import ALIGNMENT as ALIGNED
 from .panels import MATRICES, QUANTISED, aligned, stored_size
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .dtypes import Blocks
 
@@ -89,8 +88,7 @@ class _Cursor:
 
     def scalar(self, code: str, what: str) -> int | float | bool:
         """Read one number of struct's type `code`."""
-        begin = self.skip(struct.calcsize("<" + code), what)
-        value: int | float | bool = struct.unpack_from("<" + code, self.data, begin)[0]
+        value: int | float | bool = struct.unpack_from("<" + code, self.data, self.skip(struct.calcsize("<" + code), what))[0]
         return value
 
     def count(self, code: str, low: int, high: int, what: str) -> int:
@@ -137,12 +135,11 @@ class GGUFFile(ModelFile):
     """An open GGUF file of a gpt2 model. Only the part in use is mapped. Close it, or use `with`.
 
     stored() uses plain floats in place if their layers follow each other in the file; with mmap=False it copies them. It lays
-    quantised tensors out in panels, on as many threads as GPT2.load() would use. Raises CheckpointError if the file is not
-    exactly as pygpt needs it."""
+    quantised tensors out in panels, on as many threads as GPT2.load() would use. Raises CheckpointError for any other file."""
 
     _file: MappedFile
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: SupportsIndex | None = None) -> None:
+    def __init__(self, path: Path, *, mmap: bool = True, threads: SupportsIndex | None = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
         self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
         self._file = MappedFile(self.path, MODEL_KIND, CheckpointError)
@@ -230,21 +227,16 @@ class GGUFFile(ModelFile):
         architecture = values.get("general.architecture")
         if architecture != "gpt2":
             raise self._bad(f"general.architecture is {shown(architecture)}, expected 'gpt2'")
-        found = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
         epsilon = values.get("gpt2.attention.layer_norm_epsilon")
         if not isinstance(epsilon, float):
             raise self._bad(f"gpt2.attention.layer_norm_epsilon is {shown(epsilon)}, expected a number such as 1e-05")
         embedding = self._tensors.get(NAMES["wte"])
         if embedding is None or len(embedding.extents) != 2:
             raise self._bad(f"tensor {NAMES['wte']} is missing or does not have two extents")
+        found: dict[str, Any] = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
+        found |= {"V": embedding.extents[1], "F": values.get("gpt2.feed_forward_length"), "tied": self._tied()}
         try:
-            config = Config(
-                V=embedding.extents[1],
-                F=values.get("gpt2.feed_forward_length"),
-                epsilon=float(f"{epsilon:.7g}"),  # the number that was rounded to float32
-                tied=self._tied(),
-                **found,  # type: ignore[arg-type]
-            )
+            config = Config(**found, epsilon=float(f"{epsilon:.7g}"))  # the number that was rounded to float32
         except InputError as error:
             meaning = ", ".join(f"{ours} is its gpt2.{theirs}" for ours, theirs in DIMENSIONS.items())
             raise self._bad(f"{error} ({meaning})") from None
@@ -357,9 +349,7 @@ def _theirs(name: str, layers: int) -> list[str]:
     return [NAMES[name].format(layer) for layer in range(layers)]
 
 
-def write_gguf(
-    path: str | os.PathLike[str], config: Config, formats: Mapping[str, Format], tensors: "Mapping[str, Iterator[Blocks]]"
-) -> None:
+def write_gguf(path: Path, config: Config, formats: Mapping[str, Format], tensors: "Mapping[str, Iterator[Blocks]]") -> None:
     """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
     The file contains the model's vocabulary if that splits text as GPT-2's does. Raises InputError for rows that do not fill
@@ -378,10 +368,9 @@ def write_gguf(
         layers, N, K = layout(config, name)
         for theirs in _theirs(name, layers):
             extents = (K, N) if name in MATRICES else (K,)
-            size = formats[name].size(N * K)
             place = struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
             table.append(_string(theirs) + place)
-            end = aligned(end + size, ALIGNMENT)
+            end = aligned(end + formats[name].size(N * K), ALIGNMENT)
     pairs = _pairs(config, formats)
     header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
     with atomic_file(path) as file:
@@ -419,14 +408,10 @@ def _vocabulary(config: Config) -> dict[str, Any]:
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     ends = {} if tokenizer.eot is None else dict.fromkeys(END_KEYS, tokenizer.eot)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        TOKENS: [tokens.get(i, f"<|{i}|>") for i in range(config.V)],
-        TOKEN_TYPES: [types.get(i, UNUSED) for i in range(config.V)],
-        MERGES: merges,
-        **ends,
-    }
+    kind = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    texts = [tokens.get(i, f"<|{i}|>") for i in range(config.V)]
+    numbers = [types.get(i, UNUSED) for i in range(config.V)]
+    return {**kind, TOKENS: texts, TOKEN_TYPES: numbers, MERGES: merges, **ends}
 
 
 def _value(value: Any) -> bytes:

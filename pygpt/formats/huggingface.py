@@ -26,7 +26,7 @@ from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetenso
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX, ADAPTER_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json"
 JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
-PREFIX, PREFIXES, HEAD = "transformer.", ("_orig_mod.", "module.", "transformer."), "lm_head.weight"
+PREFIX, PREFIXES, HEAD = "transformer.", r"^(_orig_mod\.|module\.|transformer\.)+", "lm_head.weight"
 
 # By our tensor name: the name in the files, {} standing for the layer, and whether transformers' files have shape (in, out).
 PARTS = {"ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj", "ln2": "ln_2", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj"}
@@ -84,8 +84,7 @@ class PickleFile(Closing):
         values = found if isinstance(found, dict) else {}
         self._values = {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}
         self.tensors = {
-            name: (DTYPES.get(str(value.dtype), str(value.dtype)), tuple(value.shape), 0)
-            for name, value in self._values.items()
+            name: (DTYPES.get(kind := str(value.dtype), kind), tuple(value.shape), 0) for name, value in self._values.items()
         }
 
     def _load(self, torch: Any) -> Any:
@@ -146,9 +145,7 @@ class HuggingFaceModel(ModelFile):
         self._tensors: dict[str, tuple[Tensors, str]] = {}  # by name without prefixes: the file and the full name
         for tensors in self._files.values():
             for name in tensors.tensors:
-                short = name
-                while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), ""):
-                    short = short.removeprefix(prefix)
+                short = re.sub(PREFIXES, "", name)
                 if ".lora_" in name:
                     raise self._bad(f"tensor {name[:80]!r} {MERGE}")
                 if short in self._tensors:
@@ -192,9 +189,8 @@ class HuggingFaceModel(ModelFile):
         assumed = []
         if heads is None:
             if (L, C) not in KNOWN_HEADS:
-                raise InputError(
-                    f"{self.path}: the number of heads is unknown: add {CONFIG_FILE}, or give `pygpt convert` --heads N"
-                )
+                way = f"add {CONFIG_FILE}, or give `pygpt convert` --heads N"
+                raise InputError(f"{self.path}: the number of heads is unknown: {way}")
             heads = KNOWN_HEADS[L, C]
             assumed.append(f"{heads} heads, as in GPT-2 with {L} layers and {C} channels")
         activation = "gelu" if self._linear else "gelu_new"
@@ -400,8 +396,7 @@ def settings_of(config: Config, dtype: str, end: int | None = None) -> dict[str,
         **dict.fromkeys(("add_cross_attention", "reorder_and_upcast_attn"), False),
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
         "initializer_range": 0.02,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
         "use_cache": True,
     }
 

@@ -20,11 +20,10 @@ import numpy.typing as npt
 from ..config import LIMITS, Config
 from ..errors import DataError, InputError, is_whole, shown
 from ..tokenizer import GPT2_V
-from .files import HEADER_BYTES, atomic_file, map_file
+from .files import HEADER_BYTES, Path, atomic_file, map_file
 
 Tokens = npt.NDArray[np.integer[Any]]  # (tokens,)
 Shard = npt.NDArray[np.uint16]  # (tokens,)
-Path = str | os.PathLike[str]
 
 MAGIC, STATE_MAGIC, EXAMPLES_MAGIC, VOCABULARY_MAGIC = 20240520, 20240327, 20240522, 20240328
 TOKEN = np.dtype("<u2")
@@ -55,8 +54,7 @@ def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: i
                 raise DataError(f"{path}: bad header: reserved field {index} is {value}, expected 0")
         fields.extend(others[: 1 + named])
 
-    mapped = map_file(path, kind, DataError, check)
-    return fields, mapped
+    return fields, map_file(path, kind, DataError, check)
 
 
 def check_size(path: str, found: int, expected: int, what: str) -> None:
@@ -100,8 +98,7 @@ def write_tokens(path: Path, tokens: npt.ArrayLike | Iterator[npt.ArrayLike]) ->
     """Write a token shard atomically; return how many tokens it has.
 
     tokens: one array of ids, or an iterator of arrays, each dropped after it is written. Raises InputError for zero tokens or
-    more than 2**31 - 1, and for ids that are not whole numbers from 0 to 65535. Raises OSError if the file cannot be written.
-    """
+    more than 2**31 - 1, and for ids that are not whole numbers from 0 to 65535. Raises OSError if it cannot write the file."""
     count = 0
     with atomic_file(path) as file:
         file.write(bytes(HEADER_BYTES))
@@ -155,9 +152,7 @@ def read_debug_state(path: Path, config: Config) -> DebugState:
     inputs, targets = (np.frombuffer(mapped, "<i4", B * T, start).reshape(B, T) for start in starts[:2])
     for what, ids in (("inputs", inputs), ("targets", targets)):
         check_ids(ids.reshape(-1), config.V, f"{name}: {what}")
-    logits, loss, values = (
-        np.frombuffer(mapped, "<f4", size, start) for size, start in zip(sizes[2:], starts[2:], strict=True)
-    )
+    logits, loss, values = (np.frombuffer(mapped, "<f4", n, start) for n, start in zip(sizes[2:], starts[2:], strict=True))
     gradients = {
         tensor: values[offset : offset + size].reshape(shape)[: config.V if tensor == "wte" else None]
         for tensor, shape, offset, size in config.tensors(padded=True)

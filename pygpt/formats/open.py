@@ -9,12 +9,11 @@ from contextlib import suppress
 from functools import cache
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, shown
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, shown
 from .checkpoint import Checkpoint
 from .dtypes import ModelFile, layout
 from .files import GGUF_MAGIC, begins_with, is_pickle
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import SupportsIndex

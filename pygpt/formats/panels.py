@@ -15,14 +15,13 @@ from math import prod
 
 from ..config import LIMITS, Config
 from ..cpus import resolve_threads
-from ..errors import CheckpointError, InputError, shown
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, shown
 from ..pool import ThreadPool
 from .dtypes import EMBEDDINGS, FLOAT32, FORMATS, Q4_0, Q8_0, Format, ModelFile, layout
-from .files import atomic_file
+from .files import Path, atomic_file
 from .safetensors import FORMATS as STORED
 from .safetensors import SafetensorsFile, header_of, parse_object
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Any, SupportsIndex
 
@@ -212,7 +211,7 @@ class PanelFile(InPanels):
 
     _file: SafetensorsFile
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+    def __init__(self, path: Path, *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
         self._file = file = SafetensorsFile(self.path, read=not mmap)
         try:
@@ -275,11 +274,7 @@ class PanelFile(InPanels):
 
 
 def write_panels(
-    path: str | os.PathLike[str],
-    config: Config,
-    formats: Mapping[str, Format],
-    tensors: "Mapping[str, Iterator[Blocks]]",
-    sha256: str,
+    path: Path, config: Config, formats: Mapping[str, Format], tensors: "Mapping[str, Iterator[Blocks]]", sha256: str
 ) -> None:
     """Write a panel file, all or nothing. `tensors` yield the blocks of each tensor in its format, rows in order.
 

@@ -12,11 +12,10 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, InputError, is_whole
+from ..errors import TYPE_CHECKING, CheckpointError, InputError, is_whole
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import MODEL_KIND, MappedFile
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Any
 

@@ -17,16 +17,15 @@ from importlib import import_module
 from typing import IO, Any
 
 from ..config import IGNORED
-from ..errors import DataError, InputError, PyGPTError, check_flag, shown
+from ..errors import TYPE_CHECKING, DataError, InputError, PyGPTError, check_flag, shown
 from ..tokenizer import Tokenizer
-from .files import atomic_file, foreign_file, reason
+from .files import Path, atomic_file, foreign_file, reason
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:  # chat starts without NumPy
     import numpy as np
     import numpy.typing as npt
 
-    from .llmc import Path, Shard
+    from .llmc import Shard
 
     Labels = npt.NDArray[np.int32]  # (tokens,)
 
@@ -91,9 +90,8 @@ def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             offset = taken - len(error.object) + error.start
-            raise DataError(
-                f"{name}: byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason}): {WAY_OUT}"
-            ) from None
+            flaw = f"byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason})"
+            raise DataError(f"{name}: {flaw}: {WAY_OUT}") from None
         except OSError as error:
             raise DataError(f"{name}: cannot read the text: {error.strerror}") from error
         yield text
@@ -246,9 +244,8 @@ def encode_file(
         return
     for prompt, document in read_documents(text, name, field):
         if prompt is not None:
-            raise DataError(
-                f"{name}: it has prompts and completions: `pygpt train --data` takes this file itself; or name one --field"
-            )
+            way = "`pygpt train --data` takes this file itself; or name one --field"
+            raise DataError(f"{name}: it has prompts and completions: {way}")
         yield from encode_text([document], eot=eot or "document", allow_special=allow_special, tokenizer=tokenizer)
 
 

@@ -155,10 +155,8 @@ def trained_on(text: Iterable[str], size: int) -> dict[str, Any]:
     trainee = Trainee(models.BPE())
     trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainee.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    trainee.train_from_iterator(text, trainer)
+    given: dict[str, Any] = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainee.train_from_iterator(text, trainers.BpeTrainer(vocab_size=size, show_progress=False, **given))
     return parse_object(trainee.to_str().encode(), FILE)
 
 

@@ -57,8 +57,8 @@ class Completion:
     @property
     def unscored(self) -> bool:
         """Whether the network must still compute log-probabilities of tokens of the prompt."""
-        scores = self._request.prompt_logprobs and self._stream == 0
-        return scores and len(self.prompt_infos) < len(self._request.tokens) - 1
+        request = self._request
+        return request.prompt_logprobs and self._stream == 0 and len(self.prompt_infos) < len(request.tokens) - 1
 
     @property
     def guesses(self) -> int:
@@ -99,8 +99,7 @@ class Completion:
         if request.control is not None:
             import numpy as np
 
-            given = len(request.tokens)
-            logits, row = request.control.process(np.asarray(logits)[row], sequence, given)[None].data, 0
+            logits, row = request.control.process(np.asarray(logits)[row], sequence, len(request.tokens))[None].data, 0
         return request.sampler.choose(logits, row, self.seed, self._stream, len(sequence) - len(request.tokens))
 
     def __repr__(self) -> str:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_number, check_whole, listed, plural, sequence, shown, whole
+from ..errors import TYPE_CHECKING, InputError, check_number, check_whole, listed, plural, sequence, shown, whole
 from .sampling import check_positive, not_finite
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
     Row = npt.NDArray[np.float32]  # (V,)
     Processor = Callable[[list[int], Row], "npt.ArrayLike | None"]
 
-CONTROLS = (
-    *("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty"),
-    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor"),
-)
+CONTROLS: tuple[str, ...] = ("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty")
+CONTROLS += ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor")
 MOST_PENALTY, MOST_BIAS = 1e6, 1e30  # far beyond any use, and their sums with logits stay in the range of float32
 
 

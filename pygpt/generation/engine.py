@@ -15,13 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..errors import InputError, Uncopied, check_number, check_whole
+from ..errors import TYPE_CHECKING, InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
 from .speculate import Draft, Speculation, Speculator
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 
@@ -415,8 +414,7 @@ class Engine(Uncopied):
         while right < len(part.guesses) and event.token == part.guesses[right] and not _has_ended(part.sequence):
             part.memory.note([part.guesses[right]])
             right += 1
-            event = self._take(part.sequence, logits, row + right)
-            events.append(event)
+            events.append(event := self._take(part.sequence, logits, row + right))
         part.memory.cache.truncate(len(part.memory.tokens))
         return events[1:]
 

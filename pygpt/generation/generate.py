@@ -4,14 +4,13 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from collections.abc import Generator as Steps
 
 from ..config import Config
-from ..errors import Closing, InputError, check_whole, shown, whole
+from ..errors import TYPE_CHECKING, Closing, InputError, check_whole, shown, whole
 from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
 from .request import Request
 from .speculate import Draft
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, SupportsFloat, SupportsIndex, Unpack
 
@@ -170,12 +169,11 @@ class Generator(Closing):
         seeds = list(seed) if isinstance(seed, Iterable) and whole(seed) is None else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
-        requests = [
-            Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options)
+        engine = Engine(self.network, draft=self.draft)
+        jobs = [
+            engine.add(Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options), n=n)
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
-        engine = Engine(self.network, draft=self.draft)
-        jobs = [engine.add(request, n=n) for request in requests]
         for event in engine.run():
             if event.error is not None:
                 raise event.error

@@ -1,13 +1,11 @@
 """Cache computed prefixes: key-value caches with their tokens.
 
-If a request shares a prefix with an earlier one, only the remaining tokens are computed. The bits of the result are the same.
-"""
+If a request shares a prefix with an earlier one, only the remaining tokens are computed. The result has the same bits."""
 
 from collections.abc import Sequence
 
-from ..errors import InputError, Uncopied, check_whole
+from ..errors import TYPE_CHECKING, InputError, Uncopied, check_whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol, SupportsIndex

@@ -6,17 +6,16 @@ from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_whole, is_boolean, near, plural, sequence, shown
+from ..errors import TYPE_CHECKING, InputError, check_whole, is_boolean, near, plural, sequence, shown
 from .control import CONTROLS, Control
 from .sampling import Sampler
 from .stop import Stop
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
-    from ..activations import Value
+    from ..activations import Edits, Value
     from .control import Processor
 
     class Options(TypedDict, total=False):
@@ -125,12 +124,11 @@ class Request:
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
         self.speculation = check_speculation(speculation)
-        checked = None
+        self.edits: Edits | None = None
         if edits is not None:
-            from ..activations import Edits
+            from .. import activations
 
-            checked = Edits(config, edits)
-        self.edits = checked
+            self.edits = activations.Edits(config, edits)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""

@@ -13,9 +13,8 @@ The reference and the fast path call the same functions."""
 import os
 
 from .._kernels import draw, greedy, median, race, sample_weights
-from ..errors import InputError, NumericalError, check_flag, check_number, check_whole, real, shown
+from ..errors import TYPE_CHECKING, InputError, NumericalError, check_flag, check_number, check_whole, real, shown
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 
@@ -113,9 +112,8 @@ def _name(name: str | None, do_sample: bool | None, option: str | None, *, zero:
         do_sample = check_flag("do_sample", do_sample, " (sampler sample or sampler greedy)")
         meant = "sample" if do_sample else "greedy"
         if name not in (None, meant):
-            raise InputError(
-                f"do_sample is {do_sample}, which means sampler {meant}, and sampler is {name!r}: give one of them"
-            )
+            what = f"do_sample is {do_sample}, which means sampler {meant}"
+            raise InputError(f"{what}, and sampler is {name!r}: give one of them")
         name = meant
     if zero and name != "median":
         return "greedy"

@@ -11,9 +11,8 @@ from contextlib import suppress
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_flag, shown, whole
+from ..errors import TYPE_CHECKING, InputError, check_flag, shown, whole
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
@@ -58,8 +57,7 @@ class Watch:
         self._stop = stop
         self._tail = b""  # the end of the text, where a stop string may begin
         if stop.tokenizer is not None:
-            before = prompt[-stop.longest :]  # enough tokens, because each has at least one byte
-            self._tail = self._end_of(stop.tokenizer.decode_bytes(before))
+            self._tail = self._end_of(stop.tokenizer.decode_bytes(prompt[-stop.longest :]))  # enough: each has a byte
 
     def ends(self, token: int) -> bool:
         """Take the next token; return whether it is a stop token or completes a stop string."""

@@ -151,8 +151,7 @@ def patch_activations(model: GPT2, clean: Tokens, corrupt: Tokens, metric: Metri
 def attribution_patching(engine: TrainableGPT2, clean: Tokens, corrupt: Tokens, logit: Logit) -> Float64:
     """Approximate how patching each residual3 would change a logit of the corrupt tokens, (L, T), in three passes.
 
-    It is the first-order term: (clean - corrupt) times the gradient at the corrupt tokens. Raises what patch_activations()
-    raises."""
+    This is first-order: (clean - corrupt) times the gradient at the corrupt tokens. Raises what patch_activations() raises."""
     with engine.model() as model:
         ids, others = _pair(model, clean, corrupt)
         there, here = (model.activations(some, "residual3")["residual3"].astype(np.float64) for some in (ids, others))

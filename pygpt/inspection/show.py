@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, PyGPTError
-from ..formats.files import atomic_file
+from ..formats.files import Path, atomic_file
 
 WIDTH = 100  # columns of a table
 FORMATS = (".svg", ".png")
 MOST_LABELS = 40  # of an axis: more would overlap
 Labels = Sequence[Any]  # of anything that has a text
-Path = str | os.PathLike[str]
 
 
 def text_table(cells: npt.ArrayLike, rows: Labels, columns: Labels, *, digits: int = 2) -> str:

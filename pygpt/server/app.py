@@ -80,12 +80,9 @@ class Server:
         self.worker = Worker(models, self.deliver)
         others: dict[str, Any] = {"allow_headers": ["*"], "expose_headers": ["X-Request-Id", "Retry-After"]}
         cors = Middleware(CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], **others)
-        self._app = Starlette(
-            routes=[self._route(endpoint) for endpoint in ENDPOINTS],
-            middleware=[cors] if options.origins else [],
-            exception_handlers=dict.fromkeys((HTTPException, ApiError, Exception), _error),
-            lifespan=self._lifespan,
-        )
+        routes, errors = [*map(self._route, ENDPOINTS)], dict.fromkeys((HTTPException, ApiError, Exception), _error)
+        layers = [cors] if options.origins else []
+        self._app = Starlette(routes=routes, middleware=layers, exception_handlers=errors, lifespan=self._lifespan)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give a request an id, count its answer, and accept paths with the prefix, and with a slash at the end."""

@@ -43,9 +43,8 @@ class Served:
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
         self.admitted = 0  # sequences between their admission and the end of their calls
         self.traced: list[Future[Timeline]] = []  # requests that wait for the timeline of the next step
-        self.fingerprint = None
-        if fingerprint:  # equal hashes of the weights, their format and the arithmetic mean equal answers
-            self.fingerprint = f"pygpt-{__version__}-{sha256_of(path)[:16]}"
+        # Equal hashes of the weights, their format and the arithmetic mean equal answers.
+        self.fingerprint = f"pygpt-{__version__}-{sha256_of(path)[:16]}" if fingerprint else None
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
         """Return the bytes of ids; none if the vocabulary is unknown."""

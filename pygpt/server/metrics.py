@@ -44,8 +44,7 @@ class Metrics:
         for name, about in (GAUGES | COUNTERS | HISTOGRAMS).items():
             kind: Any = Gauge if name in GAUGES else Counter if name in COUNTERS else Histogram
             own = {"buckets": LATENCIES if name.endswith("_seconds") else TOKENS} if name in HISTOGRAMS else {}
-            labels = LABELS.get(name, ["model_name"])
-            self._all[name] = kind(f"pygpt:{name}", about, labels, registry=self._registry, **own)
+            self._all[name] = kind(f"pygpt:{name}", about, LABELS.get(name, ["model_name"]), registry=self._registry, **own)
         for name in COUNTERS.keys() - LABELS.keys():
             for model in models:
                 self.add(name, model, 0)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ..config import LIMITS
 from ..errors import DataError, InputError, check_whole, plural, real, shown
-from ..formats.llmc import Path, Tokens, as_tokens, check_ids, read_tokens
+from ..formats.files import Path
+from ..formats.llmc import Tokens, as_tokens, check_ids, read_tokens
 
 Batch = npt.NDArray[np.int32]  # (B, T)
 

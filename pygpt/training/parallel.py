@@ -32,9 +32,8 @@ Node = tuple[int, int]  # a subtree: the parts [start, stop)
 class Ranks:
     """The ranks of a training run: `size` processes of which this one is number `rank`.
 
-    `seconds`: the time that this rank has spent on messages.
-    `agreed`: whether an exception that is raised now is raised by all ranks. `version`: of mpi4py, or "".
-    Use it in a `with` block: if an exception of one rank ends the block, all ranks end."""
+    `seconds`: the time that this rank has spent on messages. `agreed`: whether an exception that is raised now is raised by all
+    ranks. `version`: of mpi4py, or "". Use it in a `with` block: if an exception of one rank ends the block, all ranks end."""
 
     size, rank = 1, 0
     seconds = 0.0
@@ -66,8 +65,9 @@ class Ranks:
                 found = job()
             except (PyGPTError, OSError, MemoryError) as error:
                 own = error
-        wrong = None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
-        errors = self.gather(wrong)
+        errors = self.gather(
+            None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
+        )
         for rank, failed in enumerate(errors):
             if failed is not None:
                 if own is not None and (self.size == 1 or len(set(errors)) == 1):

@@ -21,7 +21,7 @@ from ..config import HEAD, IGNORED, TENSORS, Config
 from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole, real, shown
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, ModelFile
-from ..formats.files import atomic_file
+from ..formats.files import Path, atomic_file
 from ..formats.open import open_floats
 from ..formats.panels import StoredWeights
 from ..hub.find import find_model
@@ -155,9 +155,7 @@ class Parameters(Closing):
         self.parameters, self.gradients, self.first_moments, self.second_moments = zeros_to_update(P)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str] | None = None, *, threads: SupportsIndex | None = None, all_workers: bool = False
-    ) -> Self:
+    def load(cls, path: Path | None = None, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> Self:
         """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
         Raises CheckpointError for no model, and quantised or not finite weights; InputError for a bad thread count."""
@@ -211,7 +209,7 @@ class Parameters(Closing):
         array = flat[offset : offset + size].reshape(shape)
         return array[: self.config.V] if name == "wte" else array
 
-    def save(self, path: str | os.PathLike[str], *, version: int = 3) -> None:
+    def save(self, path: Path, *, version: int = 3) -> None:
         """Write the parameters: as a .safetensors file if the name ends so, else as a checkpoint of version 1, 3 or 5.
 
         A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5

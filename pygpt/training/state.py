@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ..config import ACTIVATIONS, SWITCHES, Config
 from ..errors import CheckpointError, ClosedError, Closing, InputError, is_whole, shown
-from ..formats.files import HEADER_BYTES, atomic_file, map_file
+from ..formats.files import HEADER_BYTES, Path, atomic_file, map_file
 from ..formats.safetensors import parse_object
 from .parameters import TrainingOptions
 
@@ -78,7 +78,7 @@ class TrainingState(Closing):
 
     `config` is the model's shape, `progress` the JSON part. Raises CheckpointError for a file that is not exactly a state."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = os.path.realpath(path)
         self._view = map_file(os.fspath(path), "training state", CheckpointError, self._check)
         try:
@@ -163,7 +163,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
+def open_state(path: Path) -> tuple[TrainingState, str]:
     """Open a training state, or the previous one if it is missing or damaged; return the state and a notice for the user.
 
     Raises CheckpointError about both files if neither can be used."""
@@ -178,9 +178,7 @@ def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
         return state, f"{error}: using the previous state, {older} (step {state.progress.step})"
 
 
-def write_state(
-    path: str | os.PathLike[str], config: Config, progress: Progress, values: Buffers, *, after: str | None = None
-) -> str:
+def write_state(path: Path, config: Config, progress: Progress, values: Buffers, *, after: str | None = None) -> str:
     """Write a training state to a temporary file in the same folder, then rename it. Return its path, links resolved. values:
     the parameters and moments in order, in arrays of any sizes. after: the file that this run last wrote or read, known to be
     complete. If that is PATH, it is kept as PATH.1. If that is PATH.1, PATH.1 stays. Otherwise an existing PATH.1 belongs to
@@ -215,6 +213,6 @@ def write_state(
     return path
 
 
-def previous(path: str | os.PathLike[str]) -> str:
+def previous(path: Path) -> str:
     """Return the path of the previous state."""
     return os.path.realpath(path) + ".1"

@@ -1,8 +1,7 @@
 """Trainer: run training steps with an engine, a loader and options; save and restore their whole state.
 
 A step averages the gradients of `parts` times `accumulate` batches, clips the global norm, and updates the weights with AdamW.
-A step does not depend on time, threads, ranks or chance. So a run that is restored from a training state (state.py) continues
-with the same bits.
+A step does not depend on time, threads, ranks or chance. So a run continues from a saved state (state.py) with the same bits.
 
 Refuses to update weights if the loss or the gradient is not finite. Refuses to know about text, data files and terminals."""
 
@@ -60,8 +59,7 @@ class Trainer(Uncopied):
         if (longest := engine.config.maxT) < loader.T:
             raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens; make T smaller")
         self.engine, self.loader = engine, loader
-        self.options = options or TrainingOptions()
-        self.ranks = ranks or Ranks()
+        self.options, self.ranks = options or TrainingOptions(), ranks or Ranks()
         self._shared = SharedStep(engine, self.ranks, self.options.parts)
         self.done = 0
         self._file: str | None = None  # the file that this run last wrote or read: it is complete

@@ -456,8 +456,7 @@ def convert_to_gguf(path: str, folder: str, format: str | None = None) -> Config
     from ..quantize import FORMATS, HEADS, quantise
 
     with open_model(path) as source:
-        plain = "bf16" if source.formats["wpe"] == FORMATS["bf16"] else "f32"
-        kind = plain if format is None else format
+        kind = format or ("bf16" if source.formats["wpe"] == FORMATS["bf16"] else "f32")
         quantise(source, os.path.join(folder, "model.gguf"), FORMATS[kind], FORMATS[HEADS.get(kind, kind)])
         return source.config
 

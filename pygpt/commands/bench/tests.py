@@ -207,8 +207,7 @@ def reference_tests(serial: SerialGPT2, models: list[GPT2], weights: str | None,
     for model in models:
         tests.append(test("tg8@d2", model.threads, run=partial(time_reference_job, model), by=by("pygpt", weights)))
     if process:
-        run = partial(time_process, path, weights, "--reference")
-        tests.append(test("process", 1, run=run, by=by("reference", weights)))
+        tests.append(test("process", 1, run=partial(time_process, path, weights, "--reference"), by=by("reference", weights)))
     return tests
 
 

@@ -174,13 +174,11 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
         counts = sorted({*(1 << k for k in range(cores.bit_length())), cores, nth})  # powers of two, all cores
         stored = job.stored_of(model)
         kinds = {kind for network in (stored, getattr(job.draft_of(model), "stored", {})) for kind, _ in network.values()}
-        dots = sorted(kinds & {*QUANTISED})
-        limits = partial(strategies.ceilings, counts, stream=options.train, dots=dots)
+        limits = partial(strategies.ceilings, counts, stream=options.train, dots=sorted(kinds & {*QUANTISED}))
         ceilings = limits(2) if "ceilings" in parts else []
         recording = job.record(model, task, options.rounds, options.capacity, options.stretch)
         ceilings = strategies.best(ceilings, limits(1) if ceilings else [])
-        report = facts(options, path, stored, task, recording)
-        report |= hotspots(model, task, recording, ceilings)
+        report = facts(options, path, stored, task, recording) | hotspots(model, task, recording, ceilings)
     report |= {"ceilings": ceilings, "scaling": [], "strategies": None, "startup": None, "perf": None}
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)

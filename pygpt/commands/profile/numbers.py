@@ -1,7 +1,6 @@
 """Compute the numbers of the report from a job's events: hotspots, layers, the serial fraction, predictions.
 
-Times of a kernel are means over the workers that ran the step. So a mode's rows add up to the time measured around its calls.
-"""
+Times of a kernel are means over the workers that ran the step. So a mode's rows add up to the measured time of its calls."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence

@@ -72,9 +72,8 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
             axis.broken_barh(spans, (ith - 0.4, 0.8), facecolors=[COLOURS.get(name, OTHER) for name, _, _ in bars])
         axis.set_yticks(range(nth), [f"worker {ith}" for ith in range(nth)])
         axis.set(ylim=(nth - 0.5, -0.5), xlim=(0, (call.done - call.begin) / 1e6), xlabel="ms")
-        kind = f"{call.mode} at position {call.position}"
-        if call.stages:
-            kind = f"an iteration of training, sequences: {call.sequences}"
+        training = f"an iteration of training, sequences: {call.sequences}"
+        kind = training if call.stages else f"{call.mode} at position {call.position}"
         axis.set_title(f"{kind}, tokens: {call.rows}", loc="left")
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=9)

@@ -133,8 +133,7 @@ def serial(model: SerialGPT2, prompt: list[int], extra: list[int]) -> Outcome:
 def trained(model: TrainableGPT2 | SerialTrainableGPT2, job: Any) -> Outcome:
     """Run an iteration of training, and compute the loss after it."""
     calls, digest = job.run(model)
-    losses = model.evaluate(job.inputs, job.targets)
-    return times_of(calls), digest, [float(losses.mean(dtype="f8"))]
+    return times_of(calls), digest, [float(model.evaluate(job.inputs, job.targets).mean(dtype="f8"))]
 
 
 def compare(path: str, job: Job, threads: int, rounds: int, *, with_serial: bool) -> Row:

@@ -52,8 +52,7 @@ def render(report: Report, *, by_layer: bool = False) -> str:
         if by_layer:
             parts.append(layer_text(report, mode))
     parts.append(amdahl_text(report))
-    sections = {"speculation": speculation_text, "strategies": strategies_text, "startup": startup_text}
-    sections["perf"] = perf_text
+    sections = {"speculation": speculation_text, "strategies": strategies_text, "startup": startup_text, "perf": perf_text}
     parts += [section(report) for name, section in sections.items() if report[name]]
     parts.append(wrap("NOTES\n" + NOTES))
     return "\n\n".join(parts)

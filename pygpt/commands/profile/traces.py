@@ -119,8 +119,7 @@ def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
         records.append((b, 3, 0, f"2:1:1:1:1:{b}:{MODE}:{names[MODE].index(call.mode) + 1}"))
         records.append((u, 2, 0, f"2:1:1:1:1:{u}:{MODE}:0"))
     records.sort()
-    date = datetime.now().strftime("%d/%m/%Y at %H:%M")
-    head = f"#Paraver ({date}):{end - zero}_ns:1({nth}):1:1({nth}:1)"
+    head = f"#Paraver ({datetime.now():%d/%m/%Y at %H:%M}):{end - zero}_ns:1({nth}):1:1({nth}:1)"
     return "\n".join([head, *(text for *_, text in records)]) + "\n"
 
 

@@ -186,8 +186,7 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str | None]:
         if shape is None:
             raise InputError("--init random needs --shape: give gpt2, or a shape such as L=4,NH=4,C=128,maxT=256")
         tokenizer = new_vocabulary(given)
-        config = shape_of(shape) if tokenizer is None else shape_of(shape, tokenizer.V)
-        return with_tokenizer(config, tokenizer), None
+        return with_tokenizer(shape_of(shape, GPT2_V if tokenizer is None else tokenizer.V), tokenizer), None
     if shape is not None:
         raise InputError(f"--shape and --init {init} were both given, but the checkpoint has a shape already: give one of them")
     path, origin = find_model(init)
@@ -322,8 +321,8 @@ def best_of(state: TrainingState | None) -> tuple[float, int] | None:
 def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
-    stem = path.removesuffix(".state")
-    models = [stem + ending for ending in (SHARD, FOLDERLESS, f".best{SHARD}", f".best{FOLDERLESS}")]
+    endings = SHARD, FOLDERLESS, f".best{SHARD}", f".best{FOLDERLESS}"
+    models = [path.removesuffix(".state") + ending for ending in endings]
     log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
     names = [*models, *map(vocabulary_beside, models[:2]), path, f"{path}.1", log, *(pictures(plot) if plot else ())]
     return {os.path.realpath(name) for name in names if name}

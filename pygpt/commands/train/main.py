@@ -319,8 +319,7 @@ class Run:
         try:
             with self.report.progress:
                 while not self.stopped(stop) and not self.look():
-                    record = trainer.step()
-                    ranks.together(partial(self.report.step, record), first=True)
+                    ranks.together(partial(self.report.step, trainer.step()), first=True)
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
                         self.save()
             if stop.signal is None or trainer.done > max(self.saved, self.begun):
@@ -346,8 +345,7 @@ class Run:
         trainer, job, done, lines = self.trainer, self.job, self.trainer.done, self.report
         last = done >= trainer.options.steps
         if self.validation is not None and (done % job.val_every == 0 or last):
-            batches = min(job.val_batches, self.validation.batches)
-            loss = trainer.evaluate(self.validation, batches)
+            loss = trainer.evaluate(self.validation, min(job.val_batches, self.validation.batches))
             lines.validated(done, loss)
             if self.best is None or loss < self.best[0]:
                 self.best = loss, done
@@ -394,8 +392,7 @@ class Run:
         suspect, older, engine = isinstance(error, NumericalError), max(self.saved, self.begun), self.trainer.engine
         worth = self.trainer.done > older and not (suspect and older)
         arrays = engine.parameters, engine.first_moments, engine.second_moments
-        worth = worth and all(ranks.gather(all(np.isfinite(array).all() for array in arrays)))
-        if worth and not self.saving:
+        if worth and all(ranks.gather(all(np.isfinite(array).all() for array in arrays))) and not self.saving:
             try:
                 self.save()
             except PyGPTError as second:
