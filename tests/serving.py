@@ -154,12 +154,11 @@ def live(
 
 
 class ServerProcess:
-    """A `pygpt serve` process."""
+    """A `pygpt serve` process. begin: a function that it calls before the command begins."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.child = subprocess.Popen(
-            [*PYGPT, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-        )
+    def __init__(self, *arguments: str, begin: Callable[[], None] | None = None) -> None:
+        words, pipe = [*PYGPT, "serve", "--port", "0", *arguments], subprocess.PIPE
+        self.child = subprocess.Popen(words, stdout=pipe, stderr=pipe, env=environment(), preexec_fn=begin)
         atexit.register(self.child.kill)  # after a test that failed
         assert self.child.stderr
         self.line = self.child.stderr.readline().decode()

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,16 @@ def run(options: argparse.Namespace) -> None:
     texts = [name for given in options.texts for name in ([STDIN] if given == STDIN else matching(given, advice))]
     if texts.count(STDIN) > 1:
         raise InputError("- was given twice, but stdin can be read once: give it once")
-    say(make(texts, target(options.output, texts[0]), options, tokenizer))
+    folder = os.path.dirname(options.output)
+    new = not os.path.exists(folder)
+    prefix = target(options.output, texts[0])
+    try:
+        say(make(texts, prefix, options, tokenizer))
+    except BaseException:
+        with suppress(OSError):
+            if new:
+                os.rmdir(folder)
+        raise
 
 
 def fraction(text: str) -> float:

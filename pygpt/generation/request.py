@@ -57,6 +57,7 @@ IN_JSON = {"sampler", "speculation", "overflow", *STOPS, *LENGTH, *SAMPLING, *CO
 JSON_KEYS = {"tokens", *IN_JSON}
 # Options of transformers: what to do instead.
 THEIRS = {"max_length": "give total", "eos_token_id": "give stop_token_ids", "num_return_sequences": "use generate_batch()"}
+THEIRS |= {"n": "give each prompt several times", "streamer": "generate() yields each token at once"}
 THEIRS |= dict.fromkeys(("attention_mask", "pad_token_id", "use_cache"), "leave it out: pygpt never pads, and always caches")
 OPTIONS = {*IN_JSON, "do_sample", "edits", "logits_processor", "slide_to"}
 

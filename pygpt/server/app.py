@@ -370,7 +370,7 @@ ENDPOINTS = [
 async def _error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or an unknown path or method."""
     if isinstance(error, HTTPException):
-        paths = [row.path for row in ENDPOINTS if "{" not in row.path]
+        paths = [row.path for row in ENDPOINTS if "{" not in row.path and row.path != request.url.path]  # "/" without a page
         unknown = f"no such path: {shown(request.url.path)}: {near(request.url.path, paths)}"
         message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
         return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
@@ -476,7 +476,7 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     """Return a uvicorn server for the application, without signal handlers."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 4 * CONNECTIONS if files == resource.RLIM_INFINITY else files
-    Protocol.most = min(CONNECTIONS, files // 2)
+    Protocol.most = max(1, min(CONNECTIONS, (files - len(os.listdir("/dev/fd"))) // 2))
     limits = dict[str, Any](timeout_graceful_shutdown=grace_s, h11_max_incomplete_event_size=32768, timeout_keep_alive=KEEP_S)
     limits["backlog"] = max(1, min(BACKLOG, files // 16))  # accepted at once: several times as many are open meanwhile
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}

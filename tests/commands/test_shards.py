@@ -141,6 +141,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         ("in.txt latin.txt -o b", ["latin.txt: ... 0xe9 ... 4 ... UTF-8"]),
         ("in.txt -o old", ["old_val_000001.bin exists already"]),
         ("sub -o b", ["'sub'", "Is a directory"]),
+        ("empty.txt -o new/", ["texts are empty"]),
         ("--show in.txt -o b", ["one or the other"]),
         ("--show in.txt in.txt", ["one or the other"]),
         ("--show in.txt", ["in.txt", "1024 bytes"]),
@@ -157,6 +158,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], arguments: 
     before = made(folder)
     assert_refuses(shards.main, capsys, arguments.split(), *named)
     assert made(folder) == before
+    assert not Path("new").exists()
 
 
 def test_a_folder_is_made_where_a_slash_asks_for_it(folder: Path) -> None:

@@ -1033,6 +1033,7 @@ def test_the_best_model_is_kept_and_training_stops_early(folder: Path) -> None:
     for words in (["--patience", "3"], ["--keep-best"]):
         assert_refused(command(*RUN, *words), "need validation data")
     assert_refused(command(*options, "--keep-best", "--out", "run2.bin", "--patience", "0"), "--patience", "'0'")
+    assert_refused(command(*options, "--steps", "2", "--keep-best"), "--keep-best", "give --out")
     shutil.copy(folder / "run.best.bin", folder / "new.best.bin")
     assert_refused(command(*options, "--keep-best", "--out", "new.bin"), "new.best.bin", "exists already")
 

@@ -4,12 +4,15 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -498,6 +501,22 @@ def test_too_many_connections_are_refused_politely(path: Path, monkeypatch: pyte
         wait_for(lambda: running.ask("GET", "/health").status == 200)
         for connection in held:
             connection.close()
+
+
+def test_few_files(path: Path) -> None:
+    """A server that may open 40 files, 17 of them its model's, still answers every connection."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    process = ServerProcess("-m", str(path), "-t", "1", "--no-page", begin=limit)
+    held = [socket.create_connection(process.at.address, timeout=30) for _ in range(60)]
+    for connection in held:
+        with suppress(OSError):  # refused already
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert {connection.recv(4096)[9:12] for connection in held} == {b"200", b"503"}
+    for connection in held:
+        connection.close()
+    wait_for(lambda: process.at.ask("GET", "/health").status == 200)
+    assert "there are" in process.at.ask("GET", "/").json()["error"]["message"]
+    assert process.end()[::2] == (0, b"")
 
 
 def test_files_outside_the_page_are_not_served(at: Live) -> None:

@@ -253,7 +253,7 @@ def test_unknown_options_name_the_near_ones(model: GPT2) -> None:
                 call([1], **{wrong: 1})
         with pytest.raises(InputError, match=f"'{wrong}'.*{right}"):
             request_from_json(SHAPE, json.dumps({"tokens": [1], wrong: 1}).encode(), {})
-    for wrong, right in (("xyzzy", "temperature"), ("max_length", "give total"), ("pad_token_id", "leave it out")):
+    for wrong, right in (("xyzzy", "temperature"), ("max_length", "give total"), ("pad_token_id", "leave"), ("n", "times")):
         with pytest.raises(InputError, match=f"'{wrong}'.*{right}"):
             model.generate([1], **{wrong: 1})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"'input_ids'.*: give its input_ids"):

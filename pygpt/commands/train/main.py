@@ -220,6 +220,8 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         job, settings = new(given)
         config, init = beginning(given)
         output = None if options.out is None else Output.named(options.out, config)
+        if job.keep_best and output is None:
+            raise InputError("--keep-best saves a model beside that of --out: give --out")
     else:
         state, notice = open_state(options.resume)
         stack.enter_context(state)
