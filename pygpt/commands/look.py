@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..activations import zero
-from ..errors import InputError, plural
+from ..errors import plural
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
 from ..inspection.inside import Logit, logit_attribution, logit_lens, loss_by_position
-from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
+from ..inspection.show import FORMATS, heat_map, make_plot_folder, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
 from .console import Parser, check_stdout, command, piece, text_of, whole
@@ -49,11 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Check the arguments, look, and print the result."""
     check_stdout("the result")
     if options.plot is not None:
-        matplotlib()  # if it is missing, report that now
-        try:
-            os.makedirs(options.plot, exist_ok=True)
-        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"--plot is {options.plot!r}: {error.strerror}: give a folder, which may be new") from None
+        make_plot_folder(options.plot)
     path = find_model(options.model)[0]
     with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
         tokenizer = tokenizer_of(model.config)

@@ -66,6 +66,8 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
                 write_gguf(target, model.config, formats, tensors)
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
+            own = model.config.tokenizer
+            if not gguf or (own is not None and not own().splits_before_space):  # a vocabulary that GGUF cannot describe
                 write_beside(target, model.config)
 
 

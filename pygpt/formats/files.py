@@ -4,14 +4,16 @@ Refuses anything that is not a regular file. A new file gets its name only when 
 
 import codecs
 import errno
+import fcntl
 import mmap
 import os
 import stat
+import tempfile
 from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import TYPE_CHECKING, ClosedError, Closing, PyGPTError
+from ..errors import TYPE_CHECKING, ClosedError, Closing, InputError, PyGPTError
 
 if TYPE_CHECKING:
     from typing import IO
@@ -163,6 +165,40 @@ def foreign_file(start: bytes) -> str:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "an HTML page: download the file itself (on Hugging Face, its address has /resolve/ in it)"
     return ""
+
+
+def check_writable(path: str, *, make_folder: bool = False) -> None:
+    """Raise InputError, before any work, if a file of this name cannot be written."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        if make_folder:
+            os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        with suppress(FileNotFoundError):  # any other error means that the name is too long with atomic_file()'s suffix
+            os.lstat(f"{os.path.realpath(path)}.{'0' * 8}.tmp")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
+
+
+@contextmanager
+def only_writer(path: str) -> Iterator[None]:
+    """Keep other processes that call this from writing `path` meanwhile. Raises PyGPTError if one does. A file system without
+    locks cannot tell."""
+    name = f"{path}.lock"
+    with open(name, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.path.exists(name)  # a process that has just ended has removed the file
+        except OSError as error:
+            alone = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
+        if not alone:
+            raise PyGPTError(f"{path}: another process is writing it: wait for its end, or choose another name")
+        try:
+            yield
+        finally:
+            os.unlink(name)
 
 
 @contextmanager

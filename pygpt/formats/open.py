@@ -6,7 +6,6 @@ whose reader says what is wrong with it."""
 
 import os
 from contextlib import suppress
-from functools import cache
 
 from ..config import Config
 from ..errors import TYPE_CHECKING, CheckpointError, InputError, shown
@@ -77,14 +76,22 @@ def write_beside(model: str, config: Config) -> None:
 
 def set_tokenizer(config: Config, path: str) -> None:
     """Let a config load its tokenizer from a file, once, when a text needs it: formats/vocabulary.py says from which files."""
+    config.tokenizer = Kept(path, config.V)
 
-    @cache
-    def load() -> "Tokenizer":
-        from .vocabulary import load_tokenizer
 
-        return load_tokenizer(path, V=config.V)
+class Kept:
+    """A function that loads a tokenizer from a file at its first call, and can be pickled."""
 
-    config.tokenizer = load
+    def __init__(self, path: str, V: int, tokenizer: "Tokenizer | None" = None) -> None:
+        self._path, self._V, self._tokenizer = path, V, tokenizer
+
+    def __call__(self) -> "Tokenizer":
+        """Return the tokenizer."""
+        if self._tokenizer is None:
+            from .vocabulary import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self._path, V=self._V)
+        return self._tokenizer
 
 
 def _find_tokenizer(model: ModelFile, given: str | os.PathLike[str] | None) -> None:

@@ -74,6 +74,15 @@ def _checked(values: npt.ArrayLike, rows: Labels, columns: Labels) -> npt.NDArra
     return array
 
 
+def make_plot_folder(path: str) -> None:
+    """Make the folder of --plot before any work. Raises InputError if it cannot be made, or if matplotlib is missing."""
+    matplotlib()
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--plot is {path!r}: {error.strerror}: give a folder, which may be new") from None
+
+
 def matplotlib() -> Any:
     """Return matplotlib's pyplot, set up to draw to files. Raises PyGPTError if matplotlib is not installed."""
     try:

@@ -273,11 +273,12 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
     return iter(process.stdout.readline, "")
 
 
-@pytest.mark.parametrize(("which", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("which", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) -> None:
     with start(*LONG) as process:
         for line in lines_of(process):
             if line.startswith("step 2: train"):
+                assert_refused(command(*LONG, "--force"), "run.state: another process is writing it", status=1)
                 process.send_signal(which)
                 break
         output = "".join(lines_of(process))  # communicate() would lose the buffered lines
@@ -689,6 +690,9 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--init", "tiny.bin"], "--init and --resume"),
         (["--shape", SHAPE], "--shape and --resume"),
+        (["--chars"], "--chars and --resume"),
+        (["--train-tokenizer", "300"], "--train-tokenizer and --resume"),
+        (["--tokenizer", "absent.json"], "absent.json ... No such file"),
         (["-B", "3"], "-B is 3 ... 2"),
         (["-T", "4"], "-T is 4"),
         (["--seed", "2"], "--seed is 2"),

@@ -10,14 +10,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from budget import Budget
 from programs import PYTHON, ROOT, Outcome, command, environment, finish, run, sound_training, start, wait_until
 
-from pygpt import write_tokens
-from pygpt.commands.train.main import main
+from pygpt import Ranks, write_tokens
+from pygpt.commands.train.main import Run, Stop, main
 
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or ""
 pytestmark = pytest.mark.skipif(not MPIEXEC, reason="needs mpiexec and mpi4py: pip install mpi4py mpich")
@@ -116,6 +118,29 @@ def test_a_signal_stops_all_ranks_after_one_step_and_any_number_continues(folder
     assert "stopped by SIGTERM after 4 steps; saved" in found.err
     found = ranks(2, command("train", "--resume", "run.state", "-t", 1))
     assert (found.status, Path("run.state").read_bytes() == expected["run.state"]) == (0, True), found
+
+
+def test_a_signal_while_the_ranks_agree_counts_at_the_next_step() -> None:
+    stop = Stop()
+
+    class Late(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            stop.signal = stop.signal or signal.SIGTERM  # the others have this rank's value already
+            return [value, None]
+
+    run = SimpleNamespace(trainer=SimpleNamespace(ranks=Late()))
+    assert [Run.stopped(run, stop) for _ in range(2)] == [False, True]  # type: ignore[arg-type]
+    assert stop.signal == signal.SIGTERM
+
+
+def test_a_vocabulary_of_its_own(folder: Path) -> None:
+    Path("my.txt").write_text("to be or not to be\n" * 40)
+    words = ["--data", "my.txt", "--chars", "--shape", "L=1,NH=1,C=16,maxT=16", "-B", "1", "-T", "8", "--parts", "2", "-t", "1"]
+    for out, count in (("one", 1), ("two", 2)):
+        found = ranks(count, command("train", *words, "--steps", "3", "--sample-every", "2", "--out", out))
+        assert found.status == 0, found
+    for ending in (".bin", ".state", ".tokenizer.json"):
+        assert Path(f"one{ending}").read_bytes() == Path(f"two{ending}").read_bytes()
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])

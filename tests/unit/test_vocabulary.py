@@ -1,7 +1,9 @@
 """Vocabularies other than GPT-2's: the same ids as Hugging Face's tokenizers, from every file, in every command."""
 
 import json
+import pickle
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -409,11 +411,19 @@ def test_from_text_to_chat_in_two_commands(
     assert train(["--resume", "run.state", "--steps", "4"]) == 0
     assert train(["--data", "play.txt", "--init", model, "-B", "1", "-T", "8", "--steps", "1", "--out", "more"]) == 0
     assert Path("more.tokenizer.json").read_bytes() == Path("run.tokenizer.json").read_bytes()
+    Path("other").mkdir()
+    shutil.copy("run.state", "other/run.state")  # without the vocabulary
+    assert train(["--resume", "other/run.state", "--tokenizer", "run.tokenizer.json", "--steps", "5"]) == 0
+    assert Path("other/run.tokenizer.json").read_bytes() == Path("run.tokenizer.json").read_bytes()
     assert train([*RUN, *options, "--out", f"run{ending}"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert convert([model, "hf/"]) == 0
     peer = Peer.from_file("hf/tokenizer.json")
     assert peer.encode(play).ids == tokenizer.encode(play)
+    assert quantize([model, "q.gguf"]) == 0  # beside the file if GGUF cannot describe it
+    with open_model("q.gguf") as opened:
+        again = pickle.loads(pickle.dumps(opened.config))
+        assert again.tokenizer().encode(play) == tokenizer_of(opened.config).encode(play) == tokenizer.encode(play)
 
 
 @pytest.mark.parametrize(

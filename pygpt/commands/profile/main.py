@@ -22,11 +22,12 @@ from ... import __version__
 from ..._kernels import Trace, cpu_info
 from ...cpus import default_threads, processors
 from ...errors import InputError
+from ...formats.files import check_writable
 from ...formats.open import open_model
 from ...formats.panels import QUANTISED
 from ...generation.request import check_speculation
 from ...hub.find import find_model
-from ...inspection.show import matplotlib
+from ...inspection.show import make_plot_folder
 from ...model import DRAFTS
 from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
@@ -98,9 +99,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError("--tokens and --prompt-length were both given: give one")
     options.parts = set() if "all" in options.skip else {*PARTS} - {*options.skip}
     options.stretch = [planted(given) for given in options.stretch]
-    for flag, path in ("--trace", options.trace), ("--paraver", options.paraver):
-        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"{flag}: {path}: the folder {os.path.dirname(path)!r} does not exist: make it first")
+    for path in (options.trace, options.paraver):
+        if path is not None:
+            check_writable(path)
     return options
 
 
@@ -146,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
         print(text.compare(*options.compare))
         return
     if options.plot:
-        matplotlib()  # if it is missing, report that now
+        make_plot_folder(options.plot)
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:

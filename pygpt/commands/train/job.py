@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -19,9 +18,9 @@ import numpy.typing as npt
 from ...config import Config
 from ...errors import Closing, DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.checkpoint import check_plain
-from ...formats.files import atomic_file
+from ...formats.files import atomic_file, check_writable
 from ...formats.llmc import read_tokens
-from ...formats.open import open_floats, vocabulary_beside
+from ...formats.open import Kept, open_floats, vocabulary_beside
 from ...formats.text import joined, read_text, tokens_and_labels
 from ...hub.find import find_model
 from ...inspection.show import matplotlib, save
@@ -128,9 +127,12 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
 
 def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
     """Return a resumed run's job, its TrainingOptions, and a notice for each given option that differs from the state's."""
-    for name in ("init", "shape"):
+    for name in ("init", "shape", "chars", "train_tokenizer"):
         if name in given:
-            raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
+            kept = "the weights" if name in ("init", "shape") else "weights for its vocabulary"
+            raise InputError(
+                f"{flag(name)} and --resume were both given, but the state contains {kept}: leave out {flag(name)}"
+            )
     try:
         job = Job(**{name: value for name, value in state.progress.job.items() if name != BEST})
     except (TypeError, InputError):
@@ -201,8 +203,7 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str | None]:
 def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
     """Let a config have this tokenizer, if there is one; return the config. Raises InputError if the model has fewer ids."""
     if tokenizer is not None:
-        padded = Tokenizer(tokenizer.vocabulary(), V=config.V)
-        config.tokenizer = lambda: padded
+        config.tokenizer = Kept("", config.V, Tokenizer(tokenizer.vocabulary(), V=config.V))
     return config
 
 
@@ -278,7 +279,10 @@ def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
     if not text:
         raise InputError(f"{flag(asked[0])} makes a vocabulary from text, but {names[0]} holds tokens: give text as --data")
     pieces = (piece for name in names for piece in read_text(name))
-    return Tokenizer(characters_of(pieces) if "chars" in given else trained_on(pieces, given["train_tokenizer"]))
+    made = Tokenizer(characters_of(pieces) if "chars" in given else trained_on(pieces, given["train_tokenizer"]))
+    if given.get("train_tokenizer", 0) > made.V:
+        say(f"--train-tokenizer is {given['train_tokenizer']}, but the text gives only {made.V} ids")
+    return made
 
 
 class Output(NamedTuple):
@@ -326,21 +330,6 @@ def files_of(state: TrainingState) -> set[str]:
     log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
     names = [*models, *map(vocabulary_beside, models[:2]), path, f"{path}.1", log, *(pictures(plot) if plot else ())]
     return {os.path.realpath(name) for name in names if name}
-
-
-def check_writable(path: str, *, make_folder: bool = False) -> None:
-    """Raise InputError before training if a file of this name cannot be written."""
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
-    folder = os.path.dirname(os.path.realpath(path))
-    try:
-        if make_folder:
-            os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        with suppress(FileNotFoundError):  # any other error means that the name is too long with atomic_file()'s suffix
-            os.lstat(f"{os.path.realpath(path)}.{'0' * 8}.tmp")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
 def prepare(job: Job, config: Config, output: Output | None, state: TrainingState | None, *, force: bool) -> None:

@@ -28,6 +28,7 @@ from ... import __version__
 from ..._kernels import cpu_info
 from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError, plural
+from ...formats.files import check_writable, only_writer
 from ...formats.llmc import read_debug_state
 from ...formats.open import set_tokenizer, vocabulary_beside, write_beside
 from ...hub.find import find_model
@@ -39,7 +40,24 @@ from ...training.trainer import Trainer, open_ranks
 from ..bench.measuring import laps
 from ..console import Parser, Progress, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options, parse_number
-from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
+from .job import (
+    BEST,
+    PATHS,
+    WHOLE,
+    Job,
+    Output,
+    Report,
+    beginning,
+    best_of,
+    flag,
+    new,
+    new_vocabulary,
+    open_data,
+    prepare,
+    resumed,
+    sample,
+    with_tokenizer,
+)
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
 # The class of the engine by --reference.
@@ -169,14 +187,14 @@ def number(text: str) -> float:
 
 
 class Stop:
-    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`. A second signal takes effect immediately."""
+    """In a `with` block, keep the first Ctrl-C, SIGTERM or SIGHUP in `signal`. A second signal takes effect immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        for which in (signal.SIGINT, signal.SIGTERM):
+        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(which) != signal.SIG_IGN:  # a signal ignored by the parent, as with nohup, stays ignored
                 self._before[which] = signal.signal(which, self._note)
         return self
@@ -229,9 +247,14 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         job, settings, changes = resumed(given, state)
         config, init = state.config, None
         output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
-        if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
+        with_tokenizer(config, new_vocabulary(given))
+        if config.tokenizer is None and os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
             set_tokenizer(config, path)
     if ranks.rank == 0:  # only this rank writes
+        if output is not None:
+            check_writable(output.model)
+            check_writable(output.state)
+            stack.enter_context(only_writer(output.state))
         prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
     kind = ENGINES[job.reference]
@@ -285,6 +308,7 @@ class Run:
     report: Report
     state: TrainingState | None
     saving = False
+    ended_by: signal.Signals | None = None  # as all ranks know it
 
     def __post_init__(self) -> None:
         self.begun = self.trainer.done  # number of updates at the beginning
@@ -299,7 +323,7 @@ class Run:
         return {
             **versions,
             "fused multiply-add": cpu_info()["fused"],
-            "the model": trainer.engine.config,
+            "the model": repr(trainer.engine.config),
             **{flag(name): value for name, value in trainer.options.as_dict().items()},
             **{flag(name): value for name, value in vars(self.job).items() if name not in PATHS},
             "training data of SHA-256": trainer.loader.fingerprint,
@@ -311,9 +335,9 @@ class Run:
 
     def stopped(self, stop: Stop) -> bool:
         """Return whether a rank has received a signal, the same on all ranks."""
-        signals = [found for found in self.trainer.ranks.gather(stop.signal) if found]
-        stop.signal = signals[0] if signals else None
-        return stop.signal is not None
+        self.ended_by = next(filter(None, self.trainer.ranks.gather(stop.signal)), None)
+        stop.signal = stop.signal or self.ended_by  # a signal that came meanwhile counts at the next call, on all ranks
+        return self.ended_by is not None
 
     def train(self, stop: Stop) -> None:
         """Train until all steps are done or a signal comes. Report, save, and print what was saved."""
@@ -324,21 +348,23 @@ class Run:
                     ranks.together(partial(self.report.step, trainer.step()), first=True)
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
                         self.save()
-            if stop.signal is None or trainer.done > max(self.saved, self.begun):
+            self.stopped(stop)  # a signal may have come after the last step
+            if self.ended_by is None or trainer.done > max(self.saved, self.begun):
                 self.save()
         except Exception as error:
             self.rescue(error)
             raise
         made = plural(trainer.done, "step")
-        if stop.signal is None and trainer.done == self.begun:
+        if self.ended_by is None and trainer.done == self.begun:
             made += " were done before: a larger --steps continues the run"
-        ended = made if stop.signal is None else f"stopped by {stop.signal.name} after {made}"
+        ended = made if self.ended_by is None else f"stopped by {self.ended_by.name} after {made}"
         if output is None or not self.saved:
             say(f"{ended}; nothing was saved")
-        elif stop.signal is None:
+        elif self.ended_by is None:
             say(f"{ended}; saved {output.model} and {output.state}")
             if job.keep_best and self.best is not None:
-                say(f"{output.best} is the model of step {self.best[1]}, with the best validation loss {self.best[0]:.6f}")
+                here = "is" if os.path.exists(output.best) else "does not exist: it would be"
+                say(f"{output.best} {here} the model of step {self.best[1]}, with the best validation loss {self.best[0]:.6f}")
         else:
             say(f"{ended}; saved; to continue, run: pygpt train --resume {shlex.quote(output.state)}")
 
