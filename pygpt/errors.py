@@ -6,6 +6,7 @@ number, and real() what is a number."""
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from operator import index
 
 TYPE_CHECKING = False  # for every module: typing takes long to import
@@ -115,6 +116,30 @@ def listed(name: str, values: "Any") -> "list[Any]":
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise InputError(f"{name} is {shown(values)}: it must be a list")
     return list(values)
+
+
+def several(name: str, values: object, kind: type) -> "Iterable[Any]":
+    """Return the given values, one value of a kind or an iterable of values, as an iterable. Raises InputError for others."""
+    if values is None:
+        return ()
+    if isinstance(values, kind):
+        return (values,)
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, dict)):
+        with suppress(TypeError):  # an array without dimensions is Iterable, but iter() refuses it
+            return iter(values)
+    raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
+
+
+def stop_bytes(text: object) -> bytes:
+    """Return a stop string's bytes. Bytes that the command line could not decode are restored. Raises InputError for others."""
+    if not isinstance(text, str):
+        raise InputError(f"stop string is {shown(text)}: it must be text")
+    if not text:
+        raise InputError("a stop string is empty, so every text would contain it: leave it out")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InputError(f"stop string {shown(text)} cannot be written in UTF-8: remove the half of a surrogate pair") from None
 
 
 def near(name: object, known: "Iterable[str]") -> str:

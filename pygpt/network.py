@@ -46,7 +46,8 @@ class KVCache(KeysValues):
 
         capacity: of the new cache (default: the same). Raises InputError if `length` exceeds self.length or `capacity`."""
         length = self._known("copy", self.length if length is None else length)
-        cache = KVCache(self._weights, self._config, self.capacity if capacity is None else capacity)
+        room = self.capacity if capacity is None else check_whole("capacity", capacity, max(length, 1), self._config.maxT)
+        cache = KVCache(self._weights, self._config, room)
         copy_keys_values(cache, self, length)
         return cache
 

@@ -21,7 +21,7 @@ from unicodedata import normalize
 
 from ._signals import holding
 from .config import Config
-from .errors import TYPE_CHECKING, InputError, PyGPTError, shown, whole
+from .errors import TYPE_CHECKING, InputError, PyGPTError, check_whole, several, shown, stop_bytes, whole
 
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
@@ -401,12 +401,17 @@ class StreamDecoder:
     string may have begun is held back until the next ids, or finish()."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop_strings: Iterable[str] = (), stop_token_ids: "Iterable[SupportsIndex]" = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop_strings: str | Iterable[str] = (),
+        stop_token_ids: "SupportsIndex | Iterable[SupportsIndex]" = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = [text.encode("utf-8", "surrogateescape") for text in stop_strings]
-        self._stop_ids = {whole(token) for token in stop_token_ids}
+        self._stops = [stop_bytes(text) for text in several("stop_strings", stop_strings, str)]
+        ids = several("stop_token_ids", stop_token_ids if whole(stop_token_ids) is None else [stop_token_ids], int)
+        self._stop_ids = {check_whole("a stop token", token, 0, tokenizer.V - 1) for token in ids}
         self._held = b""
         self._before = 0  # how many of the held bytes belong to the text before
         self.stopped = False

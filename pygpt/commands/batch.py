@@ -61,6 +61,9 @@ def run(options: argparse.Namespace) -> None:
     given |= {name: getattr(options, name) for name in ("threads", "weights", "logprobs", "keep_going", "batch_size")}
     out, source = options.out, options.source
     packed, _ = map(is_compressed, (out, source))
+    for name in (out, f"{out}.part", f"{out}.job.json"):
+        if os.path.exists(name) and os.path.exists(source) and os.path.samefile(name, source):
+            raise InputError(f"{source}: this file is IN, and OUT is {out}, which would replace it: give OUT another name")
     found: list[Row] = []
     with Complete(options.model, **given) as complete:
 
@@ -77,13 +80,18 @@ def run(options: argparse.Namespace) -> None:
             hashing.join()
             return {**(found[0] if found else complete.identity()), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
 
-        with opened(out, force=options.force) as part:
-            if begun := os.path.exists(out) or os.fstat(part.fileno()).st_size > 0:
+        with opened(out) as part:
+            begun = not options.force and (os.path.exists(out) or os.fstat(part.fileno()).st_size > 0)
+            if begun:
                 compare(out, json.loads(json.dumps(record())))
-            if os.path.exists(out):
+            if begun and os.path.exists(out):
                 part.truncate(0)
                 return say(f"{out} is complete already; to answer the lines again, use --force")
             check_rows(complete, source, rows)
+            if options.force:  # delete OUT first: the new record must never exist together with an old OUT
+                Path(out).unlink(missing_ok=True)
+                Path(f"{out}.job.json").unlink(missing_ok=True)
+                part.truncate(0)
             answer(complete, source, rows, part, None if begun else record)
             os.fsync(part.fileno())
             if packed:
@@ -167,7 +175,7 @@ def keep_answers(part: IO[bytes], keys: Iterator[object]) -> int:
 
 
 @contextmanager
-def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
+def opened(path: str) -> Iterator[IO[bytes]]:
     """Open OUT.part for reading and writing, and keep other processes out. Leave nothing of a job without answers."""
     name, record = f"{path}.part", f"{path}.job.json"
     check_parent(path)
@@ -180,10 +188,6 @@ def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
         except OSError:
             raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
         try:
-            if force:  # delete OUT first: the new record must never exist together with an old OUT
-                Path(path).unlink(missing_ok=True)
-                Path(record).unlink(missing_ok=True)
-                part.truncate(0)
             yield part
         finally:
             if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):  # it has no answers

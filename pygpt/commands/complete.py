@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
     if not serving and not tokens:
         raise InputError("the list of token ids is empty: give at least one, as in `pygpt 31373 612`, or - to read stdin")
     defaults = read_options(options)
+    if options.draft_model is not None and not serving and not defaults.get("speculation"):
+        raise InputError("--draft-model guesses only with --speculate: give both, or leave out --draft-model")
     from ..generation.request import Request
 
     model, notice = load(options)

@@ -40,6 +40,7 @@ class MappedFile(Closing):
     ) -> None:
         self.path, self._kind, self._refusal = path, kind, refusal
         self._copy: memoryview | None = None
+        self._fd = -1
         self._open = allocate_lock()  # view() must not map another file that got the number of this closed one
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
@@ -99,6 +100,9 @@ class MappedFile(Closing):
             way = "raise the limit (ulimit -v), or use a smaller one"
             return MemoryError(f"{self.path}: no room in memory for the {self._kind}: {way}")
         return self._refusal(f"{self.path}: cannot map the {self._kind}: {reason(error)}")
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file; its views stay valid. May be called twice."""

@@ -11,14 +11,16 @@ do not change results, because the logits of a row do not depend on the other ro
 
 add() and cancel() may be called on any thread, step() on one thread at a time."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..errors import TYPE_CHECKING, InputError, Uncopied, check_number, check_whole
+from ..errors import TYPE_CHECKING, InputError, Uncopied, check_number, check_whole, shown
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
+from .sampling import SEEDS
 from .speculate import Draft, Speculation, Speculator
 
 if TYPE_CHECKING:
@@ -138,11 +140,15 @@ class Engine(Uncopied):
         seed: replaces the request's. deadline: the time.monotonic() at which the job ends with TimeoutError. owner: is kept as
         Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes."""
         n = check_whole("n", n, 1, 1 << 20)
+        if not isinstance(request, Request) or request.config != self.network.config:
+            raise InputError(f"the request is {shown(request)}: it must be a Request for this model's config")
+        if deadline is not None:
+            deadline = check_number("deadline", deadline, 0, math.inf)
         needed = self._position_bytes * min(request.total, request.config.maxT)
         if self.cache_bytes is not None and needed > self.cache_bytes:
             limit = f"but the limit is {self.cache_bytes}: use fewer tokens"
             raise InputError(f"the request needs {needed} bytes of keys and values, {limit}")
-        seed = request.sampler.start() if seed is None else seed
+        seed = request.sampler.start() if seed is None else check_whole("seed", seed, 0, SEEDS - 1)
         job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)], deadline, owner)
         self._inbox.extend([_Sequence(job, choice) for choice in range(n)])
         return job

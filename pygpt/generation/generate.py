@@ -120,6 +120,8 @@ class Generator(Closing):
         request = Request(self.config, tokens, seed=seed, **options)
         if streamer is None:
             return self.complete(request, cache)
+        if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
+            raise InputError(f"streamer is {shown(streamer)}: it must have the methods put(ids) and end()")
         return iter(self._stream(request, cache, streamer))
 
     def agenerate(

@@ -7,11 +7,10 @@ load the vocabulary, and so does the end of text if the vocabulary is not GPT-2'
 Refuses both for a model of unknown vocabulary."""
 
 from collections.abc import Iterable
-from contextlib import suppress
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import TYPE_CHECKING, InputError, check_flag, shown, whole
+from ..errors import TYPE_CHECKING, InputError, check_flag, several, stop_bytes, whole
 
 if TYPE_CHECKING:
     from typing import SupportsIndex
@@ -32,7 +31,7 @@ class Stop:
         strings: "str | Iterable[str] | None" = None,
         at_eot: bool | None = None,
     ) -> None:
-        ids = _several("stop_token_ids", token_ids if whole(token_ids) is None else [token_ids], int)
+        ids = several("stop_token_ids", token_ids if whole(token_ids) is None else [token_ids], int)
         self.tokens = frozenset(check_token(token, config.V) for token in ids)
         if at_eot is not None and check_flag("stop_at_eot", at_eot):
             from ..tokenizer import end_of_text
@@ -41,7 +40,7 @@ class Stop:
                 what = "the model's vocabulary has no token that ends a text"
                 raise InputError(f"stop_at_eot is True, but {what}: give an id in stop_token_ids (--stop-token)")
             self.tokens |= {end}
-        self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
+        self.strings = [stop_bytes(text) for text in several("stop_strings", strings, str)]
         self.longest = max(map(len, self.strings), default=0)
         self.tokenizer: Tokenizer | None = None
         if self.strings:
@@ -72,27 +71,3 @@ class Watch:
     def _end_of(self, text: bytes) -> bytes:
         """Return the end of the text, in which an incomplete stop string may begin."""
         return text[max(len(text) - self._stop.longest + 1, 0) :]
-
-
-def _several(name: str, values: object, kind: type) -> "Iterable[object]":
-    """Return the given values, one value of a kind or an iterable of values, as an iterable."""
-    if values is None:
-        return ()
-    if isinstance(values, kind):
-        return (values,)
-    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, dict)):
-        with suppress(TypeError):  # an array without dimensions is Iterable, but iter() refuses it
-            return iter(values)
-    raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
-
-
-def _encoded(text: object) -> bytes:
-    """Return a stop string's bytes. Bytes that the command line could not decode are restored."""
-    if not isinstance(text, str):
-        raise InputError(f"stop string is {shown(text)}: it must be text")
-    if not text:
-        raise InputError("a stop string is empty, so every text would contain it: leave it out")
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise InputError(f"stop string {shown(text)} cannot be written in UTF-8: remove the half of a surrogate pair") from None

@@ -2,6 +2,7 @@
 
 This is true for every order, every set of other requests, all limits, and every draft that guesses tokens ahead."""
 
+import math
 import random
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from make_checkpoint import make
 
-from pygpt import GPT2, InputError, NumericalError, SerialGPT2
+from pygpt import GPT2, Config, InputError, NumericalError, SerialGPT2
 from pygpt.formats.open import open_weights
 from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, _Clock
@@ -644,6 +645,17 @@ def test_quick_steps_do_not_make_the_clock_forget_its_target() -> None:
 def test_bad_limits(model: GPT2, limits: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(limits))):
         model.engine(**limits)
+
+
+def test_a_bad_job_is_refused_before_it_can_stop_the_others(model: GPT2) -> None:
+    engine, other = model.engine(), Config(maxT=2 * MAXT, V=model.config.V, L=1, NH=1, C=16)
+    good = engine.add(Request(model.config, [1, 2], total=4))
+    bad: list[dict[str, Any]] = [{"deadline": "soon"}, {"deadline": math.nan}, {"seed": 2.5}, {"seed": -1}, {"seed": 1 << 64}]
+    for given in [*bad, {"request": Request(other, [1, 2])}, {"request": 3}]:
+        with pytest.raises(InputError, match=next(iter(given))):
+            engine.add(**{"request": Request(model.config, [1, 2]), **given})
+    list(engine.run())
+    assert len(good.completions[0].tokens) == 2
 
 
 def test_engines_on_threads_share_a_prefix_cache(model: GPT2) -> None:

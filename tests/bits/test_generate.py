@@ -6,6 +6,7 @@ the logits of a fresh, whole sequence."""
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -567,6 +568,9 @@ def test_streamer(model: GPT2) -> None:
     assert [(token.tolist(), token.dtype) for token in tokens] == [([token], np.int64) for token in found]
     model.generate([1, 2, 3], max_new_tokens=4, streamer=listener)  # runs even if the result is not used
     assert len(listener.got) == 12
+    for wrong in (3, "x", SimpleNamespace(put=print)):
+        with pytest.raises(InputError, match="streamer is"):
+            model.generate([1, 2, 3], max_new_tokens=4, streamer=wrong)  # type: ignore[arg-type]
 
 
 def test_generation_starts_with_the_first_requested_token(model: GPT2, rows_run: list[int]) -> None:

@@ -110,6 +110,20 @@ def test_force_keeps_nothing(folder: Path) -> None:
     assert answers("--temp", "0.2", "--force") == wanted
 
 
+@pytest.mark.parametrize("source", ["out.jsonl", "out.jsonl.job.json", "linked.jsonl"])
+def test_force_never_deletes_the_input(folder: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
+    Path("in.jsonl").rename(source.replace("linked", "out"))
+    if source == "linked.jsonl":
+        Path(source).symlink_to("out.jsonl")
+    refused(capsys, [source, "-o", "out.jsonl", "--force"], f"{source}: this file is IN")
+
+
+def test_force_keeps_the_old_answers_until_the_lines_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers()
+    write(["not JSON"], "bad.jsonl")
+    refused(capsys, ["bad.jsonl", "-o", "out.jsonl", "--force"], "bad.jsonl: line 1")
+
+
 def test_a_number_and_its_text_are_one_id(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write([{"id": 1, "tokens": [1]}, {"id": "1", "tokens": [2]}])
     assert_refuses(main, capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], "line 2", "'1'")

@@ -655,6 +655,7 @@ def test_unseeded_answers_are_random(small: str) -> None:
         (["--stop-token", "50257"], ["50257", "50256"]),
         (["--stop-token", "x"], ["'x'"]),
         (["--overflow", "wrap"], ["'wrap'", "stop", "slide"]),
+        (["--draft-model", "q8_0"], ["--draft-model", "--speculate"]),
         (["--overflow", ""], ["''"]),
         (["--max-new-tokens", "0"], ["max_new_tokens", "0"]),
         (["--max-new-tokens", "256"], ["max_new_tokens", "256", "255"]),

@@ -580,6 +580,7 @@ def test_200_cycles_keep_the_number_of_descriptors(tmp_path: Path) -> None:
     for _ in range(200):
         with Checkpoint(good) as checkpoint:
             checkpoint.tensor("wte")
+        Checkpoint(good).tensor("wte")  # dropped without close()
         for path in (bad, tmp_path, tmp_path / "absent.bin"):
             try:
                 Checkpoint(path)

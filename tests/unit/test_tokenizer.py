@@ -220,6 +220,15 @@ def test_refused_id_leaves_the_stream_as_it_was() -> None:
     assert decoder.push(second) == "é"
 
 
+def test_a_decoder_checks_its_stops_as_generate_does() -> None:
+    for strings, ids in (([""], ()), ([3], ()), (7, ()), ((), [1.5]), ((), [-1]), ((), [50257]), ((), "13")):
+        with pytest.raises(InputError):
+            StreamDecoder(TOKENIZER, stop_strings=strings, stop_token_ids=ids)  # type: ignore[arg-type]
+    decoder = StreamDecoder(TOKENIZER, stop_strings="ayk", stop_token_ids=13)  # one of each
+    assert "".join(map(decoder.push, TOKENIZER.encode("Speak, my lord."))) == "Speak, my lord"
+    assert decoder.stopped
+
+
 def test_numpy_integers_are_ids() -> None:
     assert TOKENIZER.decode(np.array([31373, 612], dtype=np.uint16)) == "hello there"
 
