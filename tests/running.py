@@ -164,11 +164,7 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", *named: str, status
 
 
 def assert_refuses(
-    main: Callable[[list[str]], int],
-    capsys: pytest.CaptureFixture[str],
-    arguments: Sequence[str],
-    *named: str,
-    status: int = 2,
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], arguments: Sequence[str], *named: str, status: int = 2
 ) -> None:
     """Assert that main() returns this status, prints one line with all these words on stderr, and writes nothing to stdout."""
     assert main(list(arguments)) == status
@@ -183,11 +179,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_refuses_and_keeps(
-    main: Callable[[list[str]], int],
-    capsys: pytest.CaptureFixture[str],
-    arguments: Sequence[str],
-    *named: str,
-    status: int = 2,
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], arguments: Sequence[str], *named: str, status: int = 2
 ) -> None:
     """Assert what assert_refuses() does, and that no file below the current folder changes."""
     before = contents(Path())

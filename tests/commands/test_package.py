@@ -181,11 +181,7 @@ def test_the_wheel_says_what_it_is(unpacked: Path, wheel: Path) -> None:
 @builds
 @pytest.mark.timeout(900)
 def test_the_wheel_has_every_instruction_set(unpacked: Path) -> None:
-    sets = {
-        "x86_64": (b"baseline", b"avx2", b"avx512"),
-        "aarch64": (b"baseline", b"neon"),
-        "arm64": (b"baseline", b"neon"),
-    }
+    sets = {"x86_64": (b"baseline", b"avx2", b"avx512"), "aarch64": (b"baseline", b"neon"), "arm64": (b"baseline", b"neon")}
     code = next((unpacked / "pygpt").glob("_kernels.*.so")).read_bytes()
     for name in sets.get(platform.machine(), (b"baseline",)):
         assert name + b"\0" in code, name

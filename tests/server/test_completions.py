@@ -44,9 +44,7 @@ def test_the_shape_of_an_answer(at: Live) -> None:
         "object": "text_completion",
         "model": "tiny",
         "system_fingerprint": None,
-        "choices": [
-            {"index": 0, "text": Tokenizer().decode(wanted), "logprobs": None, "finish_reason": "length"},
-        ],
+        "choices": [{"index": 0, "text": Tokenizer().decode(wanted), "logprobs": None, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
     }
 

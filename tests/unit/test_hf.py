@@ -415,10 +415,7 @@ def test_an_index_cannot_point_elsewhere(folder: Path, capsys: pytest.CaptureFix
     [
         (lambda places: places.pop("wpe.weight"), "'wpe.weight' ... model-00002-of-00002.safetensors"),
         (lambda places: places.update({"h.9.x": "model-00001-of-00002.safetensors"}), "'h.9.x' ... model-00001-of"),
-        (
-            lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}),
-            "'wpe.weight' ... model-00001-of",
-        ),
+        (lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}), "'wpe.weight' ... model-00001-of"),
         (lambda places: places.update({"wpe.weight": "model-00003-of-00003.safetensors"}), "model-00003-of-00003.safetensors"),
         (lambda places: places.update({"wpe.weight": 3}), "weight_map"),
         (lambda places: places.clear(), "weight_map"),
@@ -561,10 +558,7 @@ def test_every_damage_is_refused(tmp_path_factory: pytest.TempPathFactory, data:
 
 def test_values_that_do_not_fill_their_shapes(tmp_path: Path) -> None:
     for count in (5, 7):
-        with (
-            (tmp_path / "x").open("wb") as file,
-            pytest.raises(InputError, match=f"{count} values.* 6$"),
-        ):
+        with (tmp_path / "x").open("wb") as file, pytest.raises(InputError, match=f"{count} values.* 6$"):
             write_safetensors(file, "F32", [("a", (2, 3))], iter([np.zeros(count, np.float32)]))
 
 

@@ -39,12 +39,7 @@ def weights(logits: Any, **options: Any) -> Float64:
 
 
 def expected(
-    logits: Float32,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    logits: Float32, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> tuple[Float64, float]:
     """Return the probabilities after the filters, as transformers applies them one after another, in float64; and the margin.
 
