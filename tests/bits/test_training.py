@@ -16,19 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pygpt import (
-    GPT2,
-    Config,
-    DataLoader,
-    InputError,
-    SerialTrainableGPT2,
-    Trace,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    cpu_info,
-    cpus,
-)
+import pygpt
+from pygpt import GPT2, Config, InputError, SerialTrainableGPT2, Trace, TrainableGPT2, Trainer, TrainingOptions, cpu_info, cpus
 from pygpt._kernels import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,10 +247,7 @@ def test_labels_of_minus_100_are_left_out(threads: int, share: float) -> None:
     config = Config(maxT=12, V=67, L=2, NH=2, C=12)
     inputs, targets = batch(config, 3, 7)
     masked = np.where(np.random.default_rng(1).random(targets.shape) < share, -100, targets)
-    with (
-        TrainableGPT2.random(config, seed=3, threads=threads) as model,
-        SerialTrainableGPT2.random(config, seed=3) as serial,
-    ):
+    with TrainableGPT2.random(config, seed=3, threads=threads) as model, SerialTrainableGPT2.random(config, seed=3) as serial:
         whole = model.forward(inputs, targets)
         weights = {name: model.tensor(name).astype(np.float64) for name, *_ in config.tensors(padded=False)}
         wanted = oracle_training.gradients(weights, config, inputs, masked)
@@ -289,7 +275,7 @@ def test_every_target_of_a_step_has_the_same_weight(accumulate: int) -> None:
     found = []
     for B, parts in ((4 // accumulate, accumulate), (4, 1)):
         with TrainableGPT2.random(config, seed=3, threads=1) as engine:
-            loader = DataLoader(tokens, B, 8, labels=labels)
+            loader = pygpt.DataLoader(tokens, B, 8, labels=labels)
             trainer = Trainer(engine, loader, TrainingOptions(accumulate=parts))
             found.append((trainer.step(), engine.gradients.copy(), trainer.evaluate(loader, 4 // B)))
     assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-7)
