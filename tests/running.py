@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,11 @@ class Forks:
 def forks() -> Forks:
     """The one process of this process."""
     return Forks()
+
+
+def execute(command: Sequence[str], *, timeout: float = PATIENCE, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run any command until it ends. stdout and stderr are text."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
 def run(

@@ -4,7 +4,6 @@ That the numbers are right is tested with the serial engine in test_training_ref
 
 import hashlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import oracle_training
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import execute
 
 import pygpt
 from pygpt import GPT2, Config, InputError, SerialTrainableGPT2, Trace, TrainableGPT2, Trainer, TrainingOptions, cpu_info, cpus
@@ -123,14 +123,8 @@ print(hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest
 def test_every_instruction_set_with_fma(isa: str, alone: tuple[list[bytes], bytes, list[float]]) -> None:
     if not cpu_info()["fused"]:
         pytest.skip("this run is of the baseline set, which rounds products apart")
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bits")],
-        env={**os.environ, "PYGPT_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    words = [sys.executable, "-c", PROGRAM, *map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "bits"])]
+    result = execute(words, env={**os.environ, "PYGPT_ISA": isa}, timeout=DEADLINE)
     losses, arrays, norms = alone
     expected = hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest()
     assert (result.stdout.strip(), result.stderr) == (expected, "")

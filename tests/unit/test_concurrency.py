@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
+from running import execute
 
 import pygpt
 import pygpt.model
@@ -368,7 +369,7 @@ def test_a_stop_in_a_worker_about_to_wait() -> None:
 def script(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, env=environment)
+    return execute(words, timeout=DEADLINE, env=environment)
 
 
 def test_after_a_fork_everything_works_on_both_sides(path: str) -> None:

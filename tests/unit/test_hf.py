@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
-from running import assert_refuses_and_keeps, gist
+from running import assert_refuses_and_keeps, execute, gist
 
 from pygpt.commands.convert import main
 from pygpt.config import Config
@@ -724,7 +723,5 @@ assert main(["m.safetensors", "a.bin", "--heads", "1"]) == 0
 assert main(["a.bin", "model/"]) == 0
 assert main(["a.bin", "b.bin"]) == 0
 """
-    done = subprocess.run(
-        [sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
-    )
+    done = execute([sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from decimal import Decimal
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import SHAPE, make_model
+from running import execute
 
 import pygpt
 from pygpt import GPT2, DataError, DataLoader, InputError, Tokenizer, TrainingOptions, read_text, split, tokens_of_text
@@ -310,5 +310,5 @@ def test_types_accept_arrays(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "use.py").write_text(TYPED)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "c"), "use.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    done = execute(command, cwd=tmp_path, timeout=110)
     assert done.returncode == 0, done.stdout
