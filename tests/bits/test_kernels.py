@@ -10,7 +10,6 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from known import instruction_set
 from make_checkpoint import make, parse
 from running import gist
 
@@ -50,18 +50,6 @@ fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models to order
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the previous set."""
-    before = cpu_info()["isa"]
-    select_isa(name)
-    try:
-        assert cpu_info()["isa"] == name
-        yield
-    finally:
-        select_isa(before)
 
 
 def is_fused(name: str) -> bool:

@@ -35,13 +35,6 @@ HEADER_BYTES = 1024
 MB = 1 << 20
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def converted(source: Path, version: int | None = None) -> bytes:
     """Return the bytes of the file after a conversion."""
     target = source.with_name("converted.bin")

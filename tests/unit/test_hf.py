@@ -35,13 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def tensors(dtype: str = "F32", **changes: Any) -> Tensors:
     return hf.named(hf.weights(**SHAPE), dtype, **changes)
 
