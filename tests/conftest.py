@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from budget import Budget
@@ -41,6 +42,13 @@ def budget(request: pytest.FixtureRequest) -> Budget:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Models, text and tokens for programs to work on."""
     return Files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True, scope="session")

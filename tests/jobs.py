@@ -4,7 +4,16 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+
+def in_threads(work: Callable[[int], None], arguments: Iterable[int]) -> None:
+    """Call work(argument) in one thread for each argument, and wait for all."""
+    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class Jobs:

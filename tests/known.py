@@ -1,12 +1,15 @@
 """Small models and their expected results: answers, logits, losses and states of training, computed by one worker."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pygpt import GPT2, Config, DataLoader, TrainableGPT2, Trainer, TrainingOptions
+from pygpt import GPT2, Config, DataLoader, TrainableGPT2, Trainer, TrainingOptions, cpu_info
+from pygpt._kernels import select_isa
 
 SHAPE = Config(maxT=128, V=211, L=2, NH=3, C=48)
 OTHER = Config(maxT=64, V=97, L=1, NH=2, C=32)
@@ -29,6 +32,18 @@ def make_model(path: Path, config: Config = SHAPE, *, version: int = 3, seed: in
         model.tensor("lnfw")[:] *= sharp
         model.save(path, version=version)
     return str(path)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Compute with the named set, then with the previous set."""
+    before = cpu_info()["isa"]
+    select_isa(name)
+    try:
+        assert cpu_info()["isa"] == name
+        yield
+    finally:
+        select_isa(before)
 
 
 def state_of(trainer: Trainer) -> tuple[int, object, str]:

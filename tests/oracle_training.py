@@ -135,13 +135,7 @@ def backward(
 
 
 def block_backward(
-    grads: dict[str, Array],
-    weights: Weights,
-    layer: int,
-    NH: int,
-    acts: Mapping[str, Array],
-    stream: Array,
-    dresidual3: Array,
+    grads: dict[str, Array], weights: Weights, layer: int, NH: int, acts: Mapping[str, Array], stream: Array, dresidual3: Array
 ) -> Array:
     """Add the gradients of one layer to `grads`; return the gradient of its input stream (T, C)."""
     w = {name: weights[name][layer] for name, dims in TENSORS if dims[0] == "L"}  # [L, ...] -> [...]

@@ -18,18 +18,8 @@ from typing import Any
 
 from known import SHAPE, make_model
 
-from pygpt import (
-    GPT2,
-    Checkpoint,
-    Config,
-    PyGPTError,
-    TrainingState,
-    read_debug_state,
-    read_examples,
-    read_tokenizer,
-    read_tokens,
-    write_tokens,
-)
+import pygpt
+from pygpt import Checkpoint, Config, PyGPTError, read_debug_state, read_examples, read_tokenizer, read_tokens, write_tokens
 from pygpt.formats.gguf import GGUFFile
 from pygpt.formats.panels import PanelFile
 from pygpt.formats.vocabulary import load_tokenizer
@@ -154,7 +144,7 @@ class Files:
         self.hf = str(place / "hf")
         outcome = run(command("convert", self.model, self.hf + "/"))
         assert outcome.status == 0, outcome
-        with GPT2.load(self.small, threads=1) as model:
+        with pygpt.GPT2.load(self.small, threads=1) as model:
             self.answer = list(model.generate([1, 2], total=10))
         self.rows, answers = str(place / "rows.jsonl"), place / "answers.jsonl"
         lines = [json.dumps({"tokens": [i % SHAPE.V], "max_new_tokens": 60}) for i in range(300)]
@@ -319,7 +309,7 @@ def sound_training(path: Path) -> None:
     elif path.suffix == ".json":
         load_tokenizer(path)
     else:
-        TrainingState(path).close()
+        pygpt.TrainingState(path).close()
 
 
 def sound_panels(path: Path) -> None:

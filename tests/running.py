@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,11 @@ def forks() -> Forks:
     return Forks()
 
 
+def execute(command: Sequence[str], *, timeout: float = PATIENCE, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run any command until it ends. stdout and stderr are text."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+
+
 def run(
     *arguments: str, stdin: str | bytes = "", shell: str = SHELL, cwd: str | Path | None = None, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
@@ -164,11 +170,7 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", *named: str, status
 
 
 def assert_refuses(
-    main: Callable[[list[str]], int],
-    capsys: pytest.CaptureFixture[str],
-    arguments: Sequence[str],
-    *named: str,
-    status: int = 2,
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], arguments: Sequence[str], *named: str, status: int = 2
 ) -> None:
     """Assert that main() returns this status, prints one line with all these words on stderr, and writes nothing to stdout."""
     assert main(list(arguments)) == status
@@ -183,11 +185,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_refuses_and_keeps(
-    main: Callable[[list[str]], int],
-    capsys: pytest.CaptureFixture[str],
-    arguments: Sequence[str],
-    *named: str,
-    status: int = 2,
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], arguments: Sequence[str], *named: str, status: int = 2
 ) -> None:
     """Assert what assert_refuses() does, and that no file below the current folder changes."""
     before = contents(Path())

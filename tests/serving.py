@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from make_checkpoint import make
 from prometheus_client.parser import text_string_to_metric_families
 from running import PYGPT, environment
 
 from pygpt import GPT2
+from pygpt.network import Network
 from pygpt.server.app import Options, Server, embedded, listen
 from pygpt.server.call import Served
 
@@ -179,6 +181,17 @@ class ServerProcess:
             time.sleep(0.2)
         out, err = self.child.communicate(timeout=60)
         return self.child.returncode, out, err
+
+
+def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let each step wait for so long, so that a request runs for a while."""
+    step = Network.step
+
+    def slowly(self: Network, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Network, "step", slowly)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:

@@ -24,34 +24,8 @@ import parsers
 from mutate import UINT64, dump, mutate_bytes, mutate_json_text, neighbours, put
 from run_main import Outcome, bounded, judge, run_main
 
-from pygpt import (
-    GPT2,
-    Checkpoint,
-    Config,
-    DataLoader,
-    DebugState,
-    Example,
-    NumericalError,
-    PyGPTError,
-    SerialGPT2,
-    Tokenizer,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    TrainingState,
-    encode_text,
-    read_debug_state,
-    read_examples,
-    read_text,
-    read_tokenizer,
-    read_tokens,
-    tokens_of_text,
-    write_checkpoint,
-    write_debug_state,
-    write_examples,
-    write_tokenizer,
-    write_tokens,
-)
+import pygpt
+from pygpt import GPT2, Config, DataLoader, Example, PyGPTError, write_checkpoint, write_examples, write_tokenizer, write_tokens
 from pygpt.__main__ import main
 from pygpt.errors import DataError
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, layout
@@ -183,7 +157,7 @@ class CheckpointTarget(FileTarget):
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.checkpoint(data)
         with agreeing(expected, "checkpoint"):
-            checkpoint = Checkpoint(path)
+            checkpoint = pygpt.Checkpoint(path)
         assert expected is not None
         version, shape, tensors = expected
         with checkpoint:
@@ -207,15 +181,15 @@ class CheckpointTarget(FileTarget):
     def compute(self, path: Path, config: Config) -> None:
         """The networks give ids, or refuse the numbers."""
         total = min(config.maxT, 4)
-        with GPT2.load(path, threads=2) as model, SerialGPT2.load(path) as serial:
+        with GPT2.load(path, threads=2) as model, pygpt.SerialGPT2.load(path) as serial:
             for network in (model, serial):
                 for sampler in ("median", "greedy", "sample"):
                     try:
                         ids = list(network.generate([0], total=total, sampler=sampler)) if total > 1 else []
-                    except NumericalError:
+                    except pygpt.NumericalError:
                         continue
                     assert all(type(token) is int and 0 <= token < config.V for token in ids), (sampler, ids)
-        with TrainableGPT2.load(path, threads=2) as trainable:
+        with pygpt.TrainableGPT2.load(path, threads=2) as trainable:
             batch = np.zeros((2, config.maxT), np.int64)
             trainable.forward(batch, batch)
             trainable.backward()
@@ -387,7 +361,7 @@ class ShardTarget(FileTarget):
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.shard(data)
         with agreeing(expected, "token file"):
-            tokens = read_tokens(path)
+            tokens = pygpt.read_tokens(path)
         assert expected is not None
         assert tokens.tolist() == expected
         assert self.written(write_tokens, iter([tokens])) == data
@@ -422,7 +396,7 @@ class VocabularyTarget(FileTarget):
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.tokenizer(data)
         with agreeing(expected, "vocabulary"):
-            found = read_tokenizer(path)
+            found = pygpt.read_tokenizer(path)
         assert found == expected
         again = self.written(write_tokenizer, *found)
         assert data[4] != 2 or again == data
@@ -438,15 +412,15 @@ class DebugStateTarget(FileTarget):
         states = []
         for B, T in ((1, 1), (2, 3)):
             ids = np.arange(B * T, dtype=np.int32).reshape(B, T) % ONE.V
-            states.append(DebugState(ids, ids, np.ones((B, T, ONE.V), np.float32), 1.5, weights(ONE)))
-        return [self.written(write_debug_state, ONE, state) for state in states]
+            states.append(pygpt.DebugState(ids, ids, np.ones((B, T, ONE.V), np.float32), 1.5, weights(ONE)))
+        return [self.written(pygpt.write_debug_state, ONE, state) for state in states]
 
     def read(self, path: Path, data: bytes) -> str:
         shape = parsers.shape_of(3, 5, 1, 1, 1)
         assert shape is not None
         expected = parsers.debug_state(data, shape)
         with agreeing(expected, "debug state"):
-            found = read_debug_state(path, ONE)
+            found = pygpt.read_debug_state(path, ONE)
         assert expected is not None
         assert (found.inputs.ravel().tolist(), found.targets.ravel().tolist()) == (expected["inputs"], expected["targets"])
         assert found.logits.tobytes() == expected["logits"]
@@ -454,7 +428,7 @@ class DebugStateTarget(FileTarget):
         values = [array.tobytes() for array in found.gradients.values()]
         assert values[0] == expected["gradients"][: 4 * 5]
         assert b"".join(values[1:]) == expected["gradients"][4 * 128 :]
-        again = parsers.debug_state(self.written(write_debug_state, ONE, found), shape)
+        again = parsers.debug_state(self.written(pygpt.write_debug_state, ONE, found), shape)
         assert again is not None
         assert again["logits"] == expected["logits"]
         return "read"
@@ -476,7 +450,7 @@ class ExamplesTarget(FileTarget):
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.examples(data, 50257)
         with agreeing(expected, "file of examples"):
-            found = list(read_examples(path, V=50257))
+            found = list(pygpt.read_examples(path, V=50257))
         assert [(one.label, [list(ids) for ids in (one.context, *one.endings)]) for one in found] == expected
         assert self.written(write_examples, found)[1024:] == data[1024:]
         return "read"
@@ -487,10 +461,10 @@ class StateTarget(FileTarget):
 
     name, fields = "state", 10
 
-    def trainer(self) -> Trainer:
+    def trainer(self) -> pygpt.Trainer:
         """A run that wrote these states."""
         loader = DataLoader(np.arange(40) % 5, 1, 3, shuffle_seed=1)
-        return Trainer(TrainableGPT2.random(ONE, seed=1, threads=1), loader, TrainingOptions())
+        return pygpt.Trainer(pygpt.TrainableGPT2.random(ONE, seed=1, threads=1), loader, pygpt.TrainingOptions())
 
     def seeds(self) -> list[bytes]:
         trainer = self.trainer()
@@ -530,10 +504,10 @@ class StateTarget(FileTarget):
         expected = parsers.state(data)
         if expected is None:
             with agreeing(None, "training state"):
-                TrainingState(path)
+                pygpt.TrainingState(path)
         assert expected is not None
         shape, text, values = expected
-        with TrainingState(path) as state:
+        with pygpt.TrainingState(path) as state:
             assert {name: getattr(state.config, name) for name in shape} == shape
             buffers = [np.empty(state.config.parameters(padded=True), np.float32) for _ in range(3)]
             state.read_into(buffers)
@@ -570,25 +544,25 @@ class TextTarget(FileTarget):
         return data[:at] + random.choice((1, 1, 1, 3, 3, 20, 5000)) * piece.encode() + data[at:]
 
     def read(self, path: Path, data: bytes) -> str:
-        tokenizer = Tokenizer()
+        tokenizer = pygpt.Tokenizer()
         try:
             expected = data.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             try:
-                "".join(read_text(path))
+                "".join(pygpt.read_text(path))
             except DataError as refusal:
                 if f"at offset {error.start} " not in str(refusal) and "is UTF-16 or UTF-32" not in str(refusal):
                     raise AssertionError(f"{refusal}, and the first bad byte is at {error.start}") from refusal
                 raise
             raise AssertionError("bytes that are not UTF-8 are accepted") from error
-        assert "".join(read_text(path)) == expected
+        assert "".join(pygpt.read_text(path)) == expected
         cut = len(data) % 7 + 1
         end = 60 * cut
         pieces = [expected[i : i + cut] for i in range(0, min(len(expected), end), cut)] + [expected[end:]]
         whole, eot = tokenizer.encode(expected), ("none", "document", "paragraph")[len(data) % 3]
         special = len(data) % 2 == 1
-        tokens = [token for part in encode_text(pieces, eot=eot, allow_special=special) for token in part.tolist()]
-        assert tokens == tokens_of_text(expected, eot=eot, allow_special=special).tolist()
+        tokens = [token for part in pygpt.encode_text(pieces, eot=eot, allow_special=special) for token in part.tolist()]
+        assert tokens == pygpt.tokens_of_text(expected, eot=eot, allow_special=special).tolist()
         assert tokenizer.decode_bytes(whole) == expected.encode()
         kept = expected.removeprefix("\ufeff")  # encode_text() drops a mark, as read_text() has dropped another one
         assert eot != "none" or tokens == tokenizer.encode(kept, allow_special=special)

@@ -19,9 +19,10 @@ import pytest
 from budget import Budget
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
+from known import instruction_set
 from serving import Answer, joined, live
 from targets import blocks_by_layer, weights
-from test_kernels import FUSED, instruction_set
+from test_kernels import FUSED
 
 from pygpt import GPT2, Config, InputError, Tokenizer, add, scale, write_checkpoint, zero
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import in_threads
 from make_checkpoint import make
 
 from pygpt import GPT2, Config, InputError, NumericalError, SerialGPT2
@@ -671,10 +672,6 @@ def test_engines_on_threads_share_a_prefix_cache(model: GPT2) -> None:
             if list(model.generate(prompts[number], max_new_tokens=6, cache=prefix)) != wanted[number]:
                 wrong.append(prompts[number])
 
-    threads = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(ask, range(4))
     assert wrong == []
     assert prefix.nbytes <= prefix.max_bytes

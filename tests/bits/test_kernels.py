@@ -10,7 +10,6 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,12 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from known import instruction_set
 from make_checkpoint import make, parse
 from running import gist
 
-from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, cpus, write_checkpoint
-from pygpt._kernels import (
-    Floats,
-    KeysValues,
-    Step,
-    Trace,
-    Weights,
-    copy_keys_values,
-    greedy,
-    matrix_product,
-    median,
-    select_isa,
-    weight_formats,
-)
+from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, _kernels, cpu_info, cpus, write_checkpoint
+from pygpt._kernels import Step, Trace, Weights, copy_keys_values, greedy, matrix_product, median, select_isa, weight_formats
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.dtypes import FLOAT32, FORMATS, Format
 from pygpt.generation.sampling import sample
@@ -62,18 +50,6 @@ fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models to order
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the previous set."""
-    before = cpu_info()["isa"]
-    select_isa(name)
-    try:
-        assert cpu_info()["isa"] == name
-        yield
-    finally:
-        select_isa(before)
 
 
 def is_fused(name: str) -> bool:
@@ -328,7 +304,7 @@ def logits_of(config: Config, tensors: Tensors, stored: dict[str, Format], token
         assert rounded is not None
         packed[name] = stored[name].name, memoryview(rounded(array.reshape(-1)).tobytes())
     weights = Weights(config, packed)
-    step, cache = Step(weights, 1, 0), KeysValues(weights, len(tokens))
+    step, cache = Step(weights, 1, 0), _kernels.KeysValues(weights, len(tokens))
     step.prepare([(token, cache, True) for token in tokens], 1)
     step(0, 1)
     return np.asarray(step.finish())
@@ -1156,7 +1132,7 @@ def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> 
 def test_parts_of_a_model_are_not_copied_or_pickled(plain: GPT2) -> None:
     tensors = {name: ("float32", memoryview(array.tobytes())) for name, array in random_tensors(PLAIN, 0).items()}
     weights = Weights(PLAIN, tensors)
-    for thing in weights, Step(weights, 1, 0), Trace(1, 1), Floats(1, 1):
+    for thing in weights, Step(weights, 1, 0), Trace(1, 1), _kernels.Floats(1, 1):
         for act in copy.copy, copy.deepcopy, pickle.dumps:
             with pytest.raises(TypeError, match="pickled"):
                 act(thing)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from running import execute
 
 from pygpt import cpu_info
 
@@ -56,7 +57,7 @@ def build(folder: Path, csrc: Path = SOURCES, *, cross: bool = False) -> list[st
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = execute(command, timeout=200)
     assert done.returncode == 0, done.stderr
     return done
 

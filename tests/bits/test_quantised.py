@@ -4,8 +4,7 @@ The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float6
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from known import instruction_set
 from quantisers import quantise, to_panels
 from running import gist
 
 from pygpt import GPT2, Config, InputError, SerialGPT2, cpu_info
-from pygpt._kernels import Weights, blocks_to_panels, matrix_bytes, matrix_product, quantise_panels, select_isa
+from pygpt._kernels import Weights, blocks_to_panels, matrix_bytes, matrix_product, quantise_panels
 from pygpt._reference import KERNELS
 from pygpt.formats.dtypes import FLOAT32, FORMATS
 from pygpt.formats.panels import QUANTISED, StoredWeights, from_panels, panel_sizes, quantised
@@ -32,17 +32,6 @@ BITS = {"q8_0": 8, "q4_0": 4}
 
 fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 seeds = st.integers(0, 2**32 - 1)
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the previous set."""
-    before = cpu_info()["isa"]
-    select_isa(name)
-    try:
-        yield
-    finally:
-        select_isa(before)
 
 
 FUSED = [name for name in ISAS if name != "baseline"]

@@ -4,7 +4,6 @@ That the numbers are right is tested with the serial engine in test_training_ref
 
 import hashlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,10 @@ import oracle_training
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import execute
 
-from pygpt import (
-    GPT2,
-    Config,
-    DataLoader,
-    InputError,
-    SerialTrainableGPT2,
-    Trace,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    cpu_info,
-    cpus,
-)
+import pygpt
+from pygpt import GPT2, Config, InputError, SerialTrainableGPT2, Trace, TrainableGPT2, Trainer, TrainingOptions, cpu_info, cpus
 from pygpt._kernels import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,14 +123,8 @@ print(hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest
 def test_every_instruction_set_with_fma(isa: str, alone: tuple[list[bytes], bytes, list[float]]) -> None:
     if not cpu_info()["fused"]:
         pytest.skip("this run is of the baseline set, which rounds products apart")
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bits")],
-        env={**os.environ, "PYGPT_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    words = [sys.executable, "-c", PROGRAM, *map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "bits"])]
+    result = execute(words, env={**os.environ, "PYGPT_ISA": isa}, timeout=DEADLINE)
     losses, arrays, norms = alone
     expected = hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest()
     assert (result.stdout.strip(), result.stderr) == (expected, "")
@@ -258,10 +241,7 @@ def test_labels_of_minus_100_are_left_out(threads: int, share: float) -> None:
     config = Config(maxT=12, V=67, L=2, NH=2, C=12)
     inputs, targets = batch(config, 3, 7)
     masked = np.where(np.random.default_rng(1).random(targets.shape) < share, -100, targets)
-    with (
-        TrainableGPT2.random(config, seed=3, threads=threads) as model,
-        SerialTrainableGPT2.random(config, seed=3) as serial,
-    ):
+    with TrainableGPT2.random(config, seed=3, threads=threads) as model, SerialTrainableGPT2.random(config, seed=3) as serial:
         whole = model.forward(inputs, targets)
         weights = {name: model.tensor(name).astype(np.float64) for name, *_ in config.tensors(padded=False)}
         wanted = oracle_training.gradients(weights, config, inputs, masked)
@@ -289,7 +269,7 @@ def test_every_target_of_a_step_has_the_same_weight(accumulate: int) -> None:
     found = []
     for B, parts in ((4 // accumulate, accumulate), (4, 1)):
         with TrainableGPT2.random(config, seed=3, threads=1) as engine:
-            loader = DataLoader(tokens, B, 8, labels=labels)
+            loader = pygpt.DataLoader(tokens, B, 8, labels=labels)
             trainer = Trainer(engine, loader, TrainingOptions(accumulate=parts))
             found.append((trainer.step(), engine.gradients.copy(), trainer.evaluate(loader, 4 // B)))
     assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-7)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import PATIENCE, ROOT, assert_one_line_error, environment, run
+from running import ROOT, assert_one_line_error, environment, execute, run
 
 TOOLS = ROOT / "tools"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 def chart(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-W", "error", str(TOOLS / "chart.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    return execute(command, env=environment(), cwd=ROOT)
 
 
 def machine(version: int = 3, **changes: Any) -> Row:

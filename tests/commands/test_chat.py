@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import PIPE_BYTES, ROOT, assert_one_line_error, forks, gist
+from running import PIPE_BYTES, ROOT, assert_one_line_error, execute, forks, gist
 from running import run as run_command
 
 from pygpt import GPT2, InputError
@@ -1553,15 +1553,8 @@ def real(tmp_path: Path) -> Fake:
 def real_ids(fake: Fake, request: dict[str, Any] | str, *options: str) -> list[int]:
     """Return the real command's answer to one request, as ids."""
     line = request if isinstance(request, str) else json.dumps(request)
-    result = subprocess.run(
-        [sys.executable, "-m", "pygpt", *options, "-"],
-        input=line.encode() + b"\n",
-        capture_output=True,
-        cwd=fake.cwd,
-        env=fake.environment | {"PYTHONPATH": str(ROOT)},
-        check=True,
-        timeout=PATIENCE,
-    )
+    words, variables = [sys.executable, "-m", "pygpt", *options, "-"], fake.environment | {"PYTHONPATH": str(ROOT)}
+    result = execute(words, input=line + "\n", cwd=fake.cwd, env=variables, check=True)
     return [int(word) for word in result.stdout.split()]
 
 

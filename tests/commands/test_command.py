@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
-from running import PYGPT, assert_refused, environment, run
+from running import PYGPT, assert_refused, environment, execute, run
 
 import pygpt
 from pygpt import GPT2, Config, cpu_info, write_checkpoint
@@ -148,7 +148,7 @@ from pygpt.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
     words = [sys.executable, "-c", program, "-m", small, "--reference", "1"]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, env=environment(), check=False)
+    result = execute(words, timeout=DEADLINE, env=environment())
     assert_refused(result, "pygpt._reference", status=1)
 
 
@@ -696,15 +696,8 @@ def test_requests_go_on_from_where_they_part(small: str) -> None:
     talk = [1, 2, 3, *start, 9, 9]
     requests = [[1, 2, 3], talk, talk[:4], [5, 2]]
     stdin = "".join(json.dumps({"tokens": tokens, "max_new_tokens": 3}) + "\n" for tokens in requests)
-    result = subprocess.run(
-        [sys.executable, "-c", COUNTING, "-m", small, "-"],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env=environment(),
-        check=False,
-    )
+    words = [sys.executable, "-c", COUNTING, "-m", small, "-"]
+    result = execute(words, input=stdin, timeout=DEADLINE, env=environment())
     assert (result.returncode, result.stdout) == (0, answer(small, *requests, max_new_tokens=3))
     assert result.stderr.split() == [*"311", *"311", *"111", *"211"]
 
@@ -741,14 +734,8 @@ class Stepped:
 
     def __init__(self, *arguments: str) -> None:
         gate, self.gate = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", STEPPED, str(gate), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-            pass_fds=[gate],
-        )
+        words, pipe = [sys.executable, "-c", STEPPED, str(gate), *arguments], subprocess.PIPE
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, env=environment(), pass_fds=[gate])
         os.close(gate)
 
     def ask(self, line: bytes) -> None:
@@ -934,15 +921,8 @@ def test_broken_pipe(small: str, arguments: list[str]) -> None:
     """If the reader closes the pipe, the status is 141, without a message."""
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run(
-        [*PYGPT, "-m", small, *arguments],
-        input=b"1\n" * 100,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        timeout=DEADLINE,
-        env=environment(),
-        check=False,
-    )
+    words, pipe = [*PYGPT, "-m", small, *arguments], subprocess.PIPE
+    result = subprocess.run(words, input=b"1\n" * 100, stdout=write, stderr=pipe, timeout=DEADLINE, env=environment())
     os.close(write)
     assert (result.returncode, result.stderr) == (141, b"")
 
@@ -1071,15 +1051,9 @@ def test_examples_of_the_help_run(tmp_path: Path) -> None:
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
+    variables = environment(PATH=f"{python.parent}:{os.environ['PATH']}")
     for line in shown:
-        result = subprocess.run(
-            ["/bin/sh", "-c", line],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            env=environment(PATH=f"{python.parent}:{os.environ['PATH']}"),
-            check=False,
-        )
+        result = execute(["/bin/sh", "-c", line], timeout=DEADLINE, env=variables)
         assert (result.returncode, result.stderr) == (0, ""), line
         assert re.fullmatch(r"(\d+[ \n])+", result.stdout), line
 
@@ -1110,15 +1084,8 @@ heavy |= {name for name in sys.modules if name.startswith("pygpt.commands.")}
 heavy -= {f"pygpt.commands.{name}" for name in ("complete", "console", "options")}
 sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program, "-m", small, *arguments],
-        input="1 2\n\n3\n",
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env=environment(),
-        check=False,
-    )
+    words = [sys.executable, "-c", program, "-m", small, *arguments]
+    result = execute(words, input="1 2\n\n3\n", timeout=DEADLINE, env=environment())
     assert result.returncode == 0, result.stderr
 
 

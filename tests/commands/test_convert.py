@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import struct
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
-from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, gist, run
+from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, execute, gist, run
 
 from pygpt.commands.convert import EXAMPLES, main
 from pygpt.config import TENSORS, Config
@@ -34,13 +33,6 @@ WIDE = {"L": 2, "NH": 2, "C": 32, "V": 70, "maxT": 9}  # rows of whole blocks
 PAIRS = [(1, 3), (1, 5), (3, 1), (3, 5), (5, 1), (5, 3)]
 HEADER_BYTES = 1024
 MB = 1 << 20
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def converted(source: Path, version: int | None = None) -> bytes:
@@ -309,7 +301,7 @@ Format.write = write
 sys.exit(main(["a.bin", "b.bin"]))
 """
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    done = execute(command, env=environment())
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
     assert os.listdir() == ["a.bin"]
 

@@ -16,7 +16,7 @@ import make_huggingface as hf
 import pytest
 from limits import full_disk
 from make_huggingface import SHAPE
-from running import assert_one_line_error, gist
+from running import assert_one_line_error, execute, gist
 from web_site import COMMIT, Answer, Handler, Site, status
 
 from pygpt import __version__
@@ -428,7 +428,7 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
 
     def run(code: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-W", "error", "-c", WITHOUT_HOME + code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        done = execute(command, env=environment)
         assert os.listdir() == []
         return done
 

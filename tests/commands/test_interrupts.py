@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, execute
 
 from pygpt.__main__ import main
 from pygpt.commands import COMMANDS
@@ -290,21 +290,9 @@ def test_one_write_is_complete(monkeypatch: pytest.MonkeyPatch, words: list[str]
 
 def program(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run Python code in a process that does not ignore Ctrl-C."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-c",
-            f"import signal; signal.signal(2, signal.default_int_handler)\n{code}",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
+    code = f"import signal; signal.signal(2, signal.default_int_handler)\n{code}"
+    words = [sys.executable, "-W", "error", "-c", code, *arguments]
+    return execute(words, timeout=60, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None)
 
 
 BEFORE = """

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from running import ROOT
+from running import ROOT, execute
 
 import pygpt
 from pygpt.commands import COMMANDS
@@ -61,9 +60,7 @@ def is_made(path: str) -> bool:
 def run(*command: str, cwd: Path, **environment: str) -> str:
     """Run a command without PYGPT_* and PYTHON* in its environment; return its stdout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT_", "PYTHON"))}
-    done = subprocess.run(
-        command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=800, check=False
-    )
+    done = execute(command, cwd=cwd, env={**kept, **environment}, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -181,11 +178,7 @@ def test_the_wheel_says_what_it_is(unpacked: Path, wheel: Path) -> None:
 @builds
 @pytest.mark.timeout(900)
 def test_the_wheel_has_every_instruction_set(unpacked: Path) -> None:
-    sets = {
-        "x86_64": (b"baseline", b"avx2", b"avx512"),
-        "aarch64": (b"baseline", b"neon"),
-        "arm64": (b"baseline", b"neon"),
-    }
+    sets = {"x86_64": (b"baseline", b"avx2", b"avx512"), "aarch64": (b"baseline", b"neon"), "arm64": (b"baseline", b"neon")}
     code = next((unpacked / "pygpt").glob("_kernels.*.so")).read_bytes()
     for name in sets.get(platform.machine(), (b"baseline",)):
         assert name + b"\0" in code, name
@@ -325,7 +318,7 @@ def test_stubs_say_what_is_compiled(tmp_path: Path) -> None:
     (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")  # of the extras
     command = [sys.executable, "-m", "mypy.stubtest", "--concise", "--ignore-disjoint-bases", "--mypy-config-file", "mypy.ini"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "pygpt"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    done = execute([*command, "pygpt"], cwd=tmp_path, env=environment)
     allowed = [line for line in ALLOWED.split("\n") if line]
     lines = [line for line in done.stdout.splitlines() if line.startswith(tuple(f"pygpt.{module}" for module in EXTENSIONS))]
     assert len(lines) > 5, done.stdout + done.stderr

@@ -27,22 +27,8 @@ import pytest
 from make_checkpoint import make
 from running import PYGPT, assert_one_line_error, assert_refused, assert_refuses, environment, gist, run
 
-from pygpt import (
-    GPT2,
-    Checkpoint,
-    Config,
-    DataLoader,
-    DebugState,
-    SerialTrainableGPT2,
-    Tokenizer,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    TrainingState,
-    read_debug_state,
-    write_checkpoint,
-    write_debug_state,
-)
+import pygpt
+from pygpt import Checkpoint, DataLoader, TrainableGPT2, Trainer, TrainingOptions, TrainingState, write_debug_state
 from pygpt.commands.console import Progress
 from pygpt.commands.train import job
 from pygpt.commands.train import main as train
@@ -51,7 +37,7 @@ from pygpt.formats.text import tokens_and_labels
 V = 61
 SHAPE = "L=1,NH=2,C=8,maxT=16,V=61"
 TEXT_SHAPE = "L=1,NH=2,C=8,maxT=16"
-CONFIG = Config(maxT=16, V=V, L=1, NH=2, C=8)
+CONFIG = pygpt.Config(maxT=16, V=V, L=1, NH=2, C=8)
 BATCH = ("-B", "2", "-T", "8")
 RUN = ("--data", "train.bin", "--shape", SHAPE, *BATCH, "-t", "1", "--lr", "0.01", "--sample-every", "0")
 
@@ -186,7 +172,7 @@ def test_samples_of_another_vocabulary(capsys: pytest.CaptureFixture[str]) -> No
     _, output, _ = here(capsys, *RUN, "--steps", "4", "--sample-every", "2", "--sample-tokens", "99", "--out", "run.bin")
     samples = re.findall(r"^step (\d): sample:\n---\n([\d ]+)\n---$", output, re.MULTILINE)
     assert [step for step, _ in samples] == ["2", "4"]
-    with GPT2.load("run.bin") as model:
+    with pygpt.GPT2.load("run.bin") as model:
         assert [int(word) for word in samples[1][1].split()] == list(model.generate([0], total=16, sampler="sample", seed=4))
 
 
@@ -220,7 +206,7 @@ def test_a_text_is_learned_and_completed() -> None:
     assert losses[0] == pytest.approx(math.log(50257), rel=0.02)
     assert losses[-1] < 0.1
     assert output.count("sample:\n---\n") == 2
-    ids = [50256, *Tokenizer().encode(TEXT)]
+    ids = [50256, *pygpt.Tokenizer().encode(TEXT)]
     result = run("-m", "mine.bin", "--sampler", "greedy", "-n", "14", *map(str, ids[:4]))
     assert (result.returncode, result.stderr) == (0, "")
     assert [int(line) for line in result.stdout.splitlines()] == ids[4:14]
@@ -233,7 +219,7 @@ def test_several_texts_and_a_part_that_validates(capsys: pytest.CaptureFixture[s
     status, output, _ = here(capsys, "--data", "*.txt", *shape, "--steps", "1", "--val-tokens", "20", "--out", "run")
     assert status == 0
     assert [step for step, _ in numbers(output, "val")] == [0, 1]
-    encode = Tokenizer().encode
+    encode = pygpt.Tokenizer().encode
     tokens = 2 + len(encode("a.txt" * 40)) + len(encode("b.txt" * 40))  # each begins with <|endoftext|>
     assert state_of("run.state").progress.loader["tokens"] == tokens - 20
 
@@ -496,13 +482,13 @@ def debug_state(folder: Path) -> Path:
     """A small model, and the results of the serial reference for a batch, as llm.c's debug state."""
     make("tiny.bin", L=2, NH=2, C=8, V=V, maxT=16)
     inputs, targets = (np.random.default_rng(i).integers(0, V, (2, 6), dtype="i4") for i in range(2))
-    with SerialTrainableGPT2.load("tiny.bin") as engine:
+    with pygpt.SerialTrainableGPT2.load("tiny.bin") as engine:
         loss = float(engine.forward(inputs, targets).mean())
         engine.backward()
         gradients = {name: engine.gradient(name).copy() for name in engine._places}
         with engine.model() as model:
             logits = np.stack([model.logits(row.tolist()) for row in inputs])
-        write_debug_state("debug.bin", engine.config, DebugState(inputs, targets, logits, loss, gradients))
+        write_debug_state("debug.bin", engine.config, pygpt.DebugState(inputs, targets, logits, loss, gradients))
     return folder / "debug.bin"
 
 
@@ -514,8 +500,8 @@ def test_check(debug_state: Path, capsys: pytest.CaptureFixture[str], way: list[
     assert [row[0] for row in rows][:4] == ["logits", "loss", "dwte", "dwpe"]
     assert len(rows) == 18
     assert all(row[3] == "OK" for row in rows)
-    with SerialTrainableGPT2.load("tiny.bin") as engine:
-        state = read_debug_state("debug.bin", engine.config)
+    with pygpt.SerialTrainableGPT2.load("tiny.bin") as engine:
+        state = pygpt.read_debug_state("debug.bin", engine.config)
         expected = []
         for step in range(10):
             expected.append(float(engine.forward(state.inputs, state.targets).mean()))
@@ -532,7 +518,7 @@ def test_check(debug_state: Path, capsys: pytest.CaptureFixture[str], way: list[
 )
 def test_check_finds_a_difference(debug_state: Path, capsys: pytest.CaptureFixture[str], field: str, by: float) -> None:
     with Checkpoint("tiny.bin") as checkpoint:
-        state = read_debug_state("debug.bin", checkpoint.config)
+        state = pygpt.read_debug_state("debug.bin", checkpoint.config)
         if field == "loss":
             state = state._replace(loss=state.loss + by)
         else:
@@ -846,7 +832,7 @@ def test_a_log_on_a_full_disk() -> None:
 def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
     for value in (np.nan, np.inf):
         tensors = {name: np.full(shape, value) for name, shape, _, _ in CONFIG.tensors(padded=False)}
-        write_checkpoint("nan.bin", CONFIG, tensors)
+        pygpt.write_checkpoint("nan.bin", CONFIG, tensors)
         status, output, error = here(capsys, "--data", "train.bin", "--init", "nan.bin", *BATCH, "--out", "run")
         assert (status, output) == (2, "")
         assert_one_line_error(error, f"nan.bin: wte has {value}")
@@ -854,7 +840,9 @@ def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_loss_that_is_not_finite_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    write_checkpoint("large.bin", CONFIG, {name: np.full(shape, 1e30) for name, shape, _, _ in CONFIG.tensors(padded=False)})
+    pygpt.write_checkpoint(
+        "large.bin", CONFIG, {name: np.full(shape, 1e30) for name, shape, _, _ in CONFIG.tensors(padded=False)}
+    )
     status, output, error = here(capsys, "--data", "train.bin", "--init", "large.bin", *BATCH, "--out", "run")
     assert (status, output) == (1, "")
     assert_one_line_error(error, "step 0: the loss is nan", "epoch 0, shard 0, batch 0")
@@ -1006,7 +994,7 @@ def test_prompts_are_masked(folder: Path) -> None:
     found = losses_of(command("--data", "pairs.jsonl", *options, "--val-fraction", "0.2", "--accumulate", "2"))
     assert float(found[-1]) < float(found[0]) - 1
     tokens, labels = tokens_and_labels(folder / "pairs.jsonl")
-    with TrainableGPT2.random(Config(maxT=16, V=50257, L=1, NH=2, C=8), seed=1, threads=1) as engine:
+    with TrainableGPT2.random(pygpt.Config(maxT=16, V=50257, L=1, NH=2, C=8), seed=1, threads=1) as engine:
         loader = DataLoader(tokens, 2, 8, labels=labels)
         wanted = Trainer(engine, loader, TrainingOptions(steps=1, lr=0.02)).step().loss
     assert losses_of(command("--data", "pairs.jsonl", *options, "--steps", "1")) == [f"{wanted:.6f}"]

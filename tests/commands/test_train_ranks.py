@@ -238,21 +238,9 @@ FAULTS = [
         [],
     ),
     ("from pygpt import PyGPTError; raise PyGPTError('a failure')", 1, 1, r"pygpt: error: rank 1 on \S+: a failure\n", []),
-    (
-        "os.kill(os.getpid(), 19)",
-        1,
-        75,
-        r"rank 0 on \S+: .* rank 1 on \S+ for 2 s",
-        ["--timeout", 2],
-    ),
+    ("os.kill(os.getpid(), 19)", 1, 75, r"rank 0 on \S+: .* rank 1 on \S+ for 2 s", ["--timeout", 2]),
     ("time.sleep(1)", 0, 0, "saved run.bin", ["--timeout", 5]),
-    (
-        "self.engine.parameters[:] = float('nan')",
-        1,
-        1,
-        "error: step 3: .*nan .*epoch 0, shard 0, batch 42",
-        [],
-    ),
+    ("self.engine.parameters[:] = float('nan')", 1, 1, "error: step 3: .*nan .*epoch 0, shard 0, batch 42", []),
     (
         "share, x = self._shared.share, self.engine.parameters; "
         "self._shared.share = lambda share=share, x=x: (share(), x.__setitem__(9, 1.0))",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import execute
 from serving import Live, live, tiny
 
 from pygpt import Example, Tokenizer, write_examples
@@ -106,14 +107,7 @@ def client(package: str, script: str, at: Live, folder: Path, **variables: str) 
         pytest.skip(f"{package} is not installed")
     address = f"http://127.0.0.1:{at.address[1]}/v1"
     kept = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, address],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=110,
-        env={**kept, **variables},
-    )
+    done = execute([sys.executable, "-c", script, address], cwd=folder, timeout=110, env={**kept, **variables})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -234,9 +228,7 @@ const asked = { model: provider.completionModel("tiny"), prompt: "Hello", maxOut
         pytest.skip("@ai-sdk/openai-compatible and ai are not installed globally with npm")
     address = f"http://127.0.0.1:{at.address[1]}/v1"
     variables = {**os.environ, "NODE_PATH": root}
-    done = subprocess.run(
-        [node, "-e", script, address], capture_output=True, text=True, timeout=100, env=variables, cwd=tmp_path
-    )
+    done = execute([node, "-e", script, address], env=variables, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     framed = {"prompt": "user:\nHello\n\nassistant:\n", "stop": ["\nuser:"]}  # so the library writes a conversation
     asked = {**framed, "max_tokens": 6, "seed": 1, "temperature": 0.7}

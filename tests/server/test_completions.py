@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jobs import in_threads
 from serving import MAXT, Live, bare, joined, live, tiny
 
 from pygpt import GPT2, Request, Tokenizer
@@ -44,9 +44,7 @@ def test_the_shape_of_an_answer(at: Live) -> None:
         "object": "text_completion",
         "model": "tiny",
         "system_fingerprint": None,
-        "choices": [
-            {"index": 0, "text": Tokenizer().decode(wanted), "logprobs": None, "finish_reason": "length"},
-        ],
+        "choices": [{"index": 0, "text": Tokenizer().decode(wanted), "logprobs": None, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
     }
 
@@ -445,11 +443,7 @@ def test_several_threads_may_add_while_the_server_works(at: Live) -> None:
             if at.complete(seed=seed, max_tokens=8)["choices"] != wanted[seed]:
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(client, range(20))
     assert wrong == []
     while at.server.models[0].admitted:  # the test's time limit ends this
         time.sleep(0.01)

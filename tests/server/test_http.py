@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from running import PYGPT, assert_refuses, environment
-from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
+from serving import MAXT, SHAPE, Live, ServerProcess, live, slow_steps, tiny, wait_for
 
 from pygpt import Tokenizer
 from pygpt.commands import serve
@@ -50,14 +50,7 @@ KEY = {"Authorization": "Bearer secret"}
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that take 30 ms, so that a request runs for a while."""
-    step = Network.step
-
-    def slowly(self: Network, *arguments: Any) -> Any:
-        time.sleep(0.03)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(Network, "step", slowly)
+    slow_steps(monkeypatch, seconds=0.03)
 
 
 # ------------------------------------------------------------------------------------------------ routes, keys, origins

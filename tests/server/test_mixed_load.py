@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from budget import Budget
-from jobs import Jobs
+from jobs import Jobs, in_threads
 from running import PYGPT, environment
 from serving import Live, ServerProcess, bare, joined, live, tiny, wait_for
 
@@ -228,11 +228,7 @@ def test_memory_reaches_a_plateau(tmp_path: Path) -> None:
             )
 
     for batch in range(10):
-        clients = [threading.Thread(target=client, args=(1000 * batch + 30 * i,)) for i in range(CLIENTS)]
-        for one in clients:
-            one.start()
-        for one in clients:
-            one.join()
+        in_threads(client, [1000 * batch + 30 * i for i in range(CLIENTS)])
         sizes.append(process.resources()["bytes"])
     assert process.end()[0] == 0
     print(before, sizes)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Live, live, tiny
+from serving import Live, live, slow_steps, tiny
 
 from pygpt import Tokenizer
-from pygpt.network import Network
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 CHROMIUM = shutil.which("chromium")
@@ -158,14 +157,7 @@ def test_the_address_and_the_copied_lines_give_the_same_text(browser: Any, at: L
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that take 20 ms, so that a request runs for a while."""
-    step = Network.step
-
-    def slowly(self: Network, *arguments: Any) -> Any:
-        time.sleep(0.02)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(Network, "step", slowly)
+    slow_steps(monkeypatch, seconds=0.02)
 
 
 def test_stop_frees_the_sequence(browser: Any, at: Live, slow: None) -> None:

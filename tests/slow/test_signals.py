@@ -19,25 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import programs
 import pytest
 from budget import Budget
 from known import make_model
-from programs import (
-    BEGIN,
-    PREAMBLE,
-    PYTHON,
-    ROOT,
-    Files,
-    Writer,
-    command,
-    finish,
-    run,
-    run_program,
-    send,
-    start,
-    wait_until,
-    writers,
-)
+from programs import BEGIN, PREAMBLE, PYTHON, ROOT, Files, command, finish, run, run_program, send, start, wait_until, writers
 from serving import ServerProcess
 
 from pygpt import GPT2, Config, Tokenizer, TrainingState
@@ -125,7 +111,7 @@ class Program(NamedTuple):
     right: Callable[[bytes], object]
 
 
-def programs(setting: Setting) -> list[Program]:
+def some_programs(setting: Setting) -> list[Program]:
     lines = "".join(f"{token}\n" for token in setting.ids).encode()
     requests = b"".join(b'{"tokens": [1, 2, %d], "total": 40}\n' % i for i in range(3))
 
@@ -182,7 +168,7 @@ def children_of(pid: int) -> list[int]:
 def test_programs_under_signals(budget: Budget, setting: Setting) -> None:
     rng = budget.random
     for number in budget.rounds():
-        for program in [rng.choice(programs(setting))] if budget.long else budget.some(programs(setting)):
+        for program in [rng.choice(some_programs(setting))] if budget.long else budget.some(some_programs(setting)):
             kind = rng.choice(sorted(ALLOWED))
             process = start(program.argv, bufsize=0)
             assert process.stdin is not None
@@ -222,7 +208,7 @@ def test_writers_under_signals(budget: Budget, files: Files, tmp_path: Path) -> 
         shutil.rmtree(place)
 
 
-def interrupted(writer: Writer, files: Files, place: Path, rng: random.Random) -> None:
+def interrupted(writer: programs.Writer, files: Files, place: Path, rng: random.Random) -> None:
     """Run a program that writes; send it a signal."""
     kind = rng.choice(("SIGINT", "SIGTERM", "SIGSTOP"))
     if rng.random() < 0.5:

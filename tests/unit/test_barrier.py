@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from running import execute
 
 ROOT = Path(__file__).resolve().parents[2]
 SYNC = (ROOT / "pygpt" / "csrc" / "sync.h").read_text()
@@ -481,7 +482,7 @@ def build(folder: Path, *flags: str, text: str = SYNC) -> str:
     program = str(folder / "harness")
     sources = ["-I", str(folder), str(ROOT / "tests" / "barrier_harness.c"), "-pthread", "-o", program]
     command = [COMPILER, "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", *flags, *sources]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = execute(command)
     assert (done.returncode, done.stderr) == (0, "")
     return program
 
@@ -489,7 +490,7 @@ def build(folder: Path, *flags: str, text: str = SYNC) -> str:
 def run(program: str, *, workers: int, spins: int, steps: int) -> subprocess.CompletedProcess[str]:
     command = [program, str(workers), str(spins), str(steps), "7"]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return execute(command, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -13,23 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from targets import SMALL, weights
 
-from pygpt import (
-    GPT2,
-    Config,
-    DataLoader,
-    Example,
-    PyGPTError,
-    ThreadPool,
-    Tokenizer,
-    TrainableGPT2,
-    TrainingOptions,
-    encode_text,
-    split,
-    write_checkpoint,
-    write_examples,
-    write_tokenizer,
-    write_tokens,
-)
+import pygpt
+from pygpt import GPT2, DataLoader, TrainableGPT2, TrainingOptions, split, write_checkpoint, write_tokenizer, write_tokens
 
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 10**5000, -(10**400), 0.0, 0.5, -1.5, 1e308, float("nan"),
@@ -52,7 +37,7 @@ def refusal(call: Callable[[], object]) -> bool:
     """Whether a call is refused: by an exception of ours, in a clear line."""
     try:
         call()
-    except PyGPTError as error:
+    except pygpt.PyGPTError as error:
         text = str(error)
         assert text.strip()
         assert "\n" not in text
@@ -171,7 +156,7 @@ def test_any_argument_is_taken_or_refused(engines: tuple[GPT2, TrainableGPT2], d
             lambda: model.generate_batch([prompt], top_logprobs=one, total=3),
             lambda: model.new_cache(one),
             lambda: model.logits(prompt),
-            lambda: ThreadPool(one).close(),
+            lambda: pygpt.ThreadPool(one).close(),
             lambda: trainable.forward(one, two),
             back,
             lambda: trainable.update(lr=one, step=two),
@@ -182,13 +167,13 @@ def test_any_argument_is_taken_or_refused(engines: tuple[GPT2, TrainableGPT2], d
             lambda: DataLoader([1, 2, 3], 1, 1).restore({**DataLoader([1, 2, 3], 1, 1).state(), "batch": one, "B": two}),
             lambda: split(np.arange(4), val_tokens=one),
             lambda: split(np.arange(4), val_fraction=one),
-            lambda: Config(**{"maxT": 1, "V": 2, "L": 3, "NH": 2, "C": 4, dimension: one}),
+            lambda: pygpt.Config(**{"maxT": 1, "V": 2, "L": 3, "NH": 2, "C": 4, dimension: one}),
             lambda: TrainingOptions(**{option: one}),
-            lambda: Tokenizer().decode(prompt),
-            lambda: list(encode_text(["a b"], eot=one)),
+            lambda: pygpt.Tokenizer().decode(prompt),
+            lambda: list(pygpt.encode_text(["a b"], eot=one)),
             lambda: write_tokens(place, rest),
             lambda: write_tokenizer(place, [b"a"], one),
-            lambda: write_examples(place, [Example(0, one, rest, [[1], [2], [3], [4]])]),
+            lambda: pygpt.write_examples(place, [pygpt.Example(0, one, rest, [[1], [2], [3], [4]])]),
             lambda: write_checkpoint(place, SMALL, weights(SMALL), version=one),
         ]
         assert len(calls) == 24

@@ -16,23 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
+from running import execute
 
+import pygpt
 import pygpt.model
-from pygpt import (
-    GPT2,
-    Checkpoint,
-    ClosedError,
-    Config,
-    DataLoader,
-    InputError,
-    PyGPTError,
-    SerialTrainableGPT2,
-    ThreadPool,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    TrainingState,
-)
+from pygpt import GPT2, Checkpoint, ClosedError, InputError, ThreadPool, TrainableGPT2, Trainer, TrainingOptions, TrainingState
 
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
@@ -283,7 +271,7 @@ def test_a_failed_chunk_removes_the_whole_prompt(path: str, monkeypatch: pytest.
 
 
 def test_updates_are_counted(path: str) -> None:
-    with TrainableGPT2.load(path, threads=2) as model, SerialTrainableGPT2.load(path) as serial:
+    with TrainableGPT2.load(path, threads=2) as model, pygpt.SerialTrainableGPT2.load(path) as serial:
         for step in (1, 2):
             for engine in (model, serial):
                 engine.update(lr=1e-3, step=step)
@@ -299,15 +287,15 @@ def test_a_restore_that_was_interrupted_is_not_trained_on(tmp_path: Path, monkey
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with TrainableGPT2.random(Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=1) as model:
-        trainer = Trainer(model, DataLoader(np.arange(300) % 50, 1, 8), TrainingOptions())
+    with TrainableGPT2.random(pygpt.Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=1) as model:
+        trainer = Trainer(model, pygpt.DataLoader(np.arange(300) % 50, 1, 8), TrainingOptions())
         trainer.save(tmp_path / "run.state")
         with monkeypatch.context() as patch:
             patch.setattr(TrainingState, "read_into", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 trainer.restore(tmp_path / "run.state")
         for use in (trainer.step, lambda: trainer.save(tmp_path / "other.state")):
-            with pytest.raises(PyGPTError, match=r"restore\(\) was interrupted .* call restore\(\) again"):
+            with pytest.raises(pygpt.PyGPTError, match=r"restore\(\) was interrupted .* call restore\(\) again"):
                 use()
         assert not (tmp_path / "other.state").exists()
         trainer.restore(tmp_path / "run.state")
@@ -381,7 +369,7 @@ def test_a_stop_in_a_worker_about_to_wait() -> None:
 def script(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, env=environment)
+    return execute(words, timeout=DEADLINE, env=environment)
 
 
 def test_after_a_fork_everything_works_on_both_sides(path: str) -> None:

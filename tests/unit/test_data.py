@@ -282,10 +282,7 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
         (lambda path: DataLoader(path, 1, 4, V=4), "a.bin: .*token id 4 .*position 4.* 4 ids"),
         (lambda path: DataLoader([0, 1, 9], 1, 1, V=9), "tokens: .*token id 9 .*position 2"),
         (lambda path: DataLoader([0, -1], 1, 1), "tokens: .*token id -1 .*position 1"),
-        (
-            lambda path: DataLoader(path, 1, 5),
-            r"a.bin: 5 tokens, .*1\*5 \+ 1 = 6",
-        ),
+        (lambda path: DataLoader(path, 1, 5), r"a.bin: 5 tokens, .*1\*5 \+ 1 = 6"),
         (lambda path: DataLoader([path.replace("a.bin", "b.bin"), path], 1, 4), r"b.bin: 2 tokens, .* leave this file out"),
         (lambda path: DataLoader([1, 2], 2, 1), "tokens: 2 tokens"),
         (lambda path: DataLoader(path + "x", 1, 4), "pattern"),
@@ -307,10 +304,7 @@ def test_the_loader_refuses(tmp_path: Path, make: Callable[[str], Any], message:
         ({"tokens": 8}, r"tokens = 8\b.* 9\b"),
         ({"shards": 2}, r"shards = 2\b.* 1\b"),
         ({"shards": True}, "shards = True.* 1"),
-        (
-            {"fingerprint": "0" * 32},
-            "fingerprint = '0{32}'.*'[0-9a-f]{32}'.*the same data",
-        ),
+        ({"fingerprint": "0" * 32}, "fingerprint = '0{32}'.*'[0-9a-f]{32}'.*the same data"),
         ({"shuffle_seed": None}, r"shuffle_seed = None\b.* 5\b"),
         ({"shard": 1}, "shard is 1: .*0 to 0"),
         ({"batch": 3}, "batch is 3: .*0 to 2"),

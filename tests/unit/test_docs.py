@@ -5,12 +5,12 @@ import io
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from running import execute
 
 import pygpt
 from pygpt.commands import COMMANDS, chat, complete
@@ -111,7 +111,7 @@ def place(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def shell(script: str) -> str:
     """Run a script in the current folder; return its standard output."""
-    done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, timeout=100)
+    done = execute(["sh", "-ec", script])
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), f"{script}\n{done.stderr}"
     return done.stdout
 

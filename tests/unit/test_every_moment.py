@@ -15,16 +15,7 @@ from known import state_of
 from make_checkpoint import make
 from moments import moments, raise_ctrl_c, send_together
 
-from pygpt import (
-    GPT2,
-    Config,
-    DataLoader,
-    SerialTrainableGPT2,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    TrainingState,
-)
+from pygpt import GPT2, Config, DataLoader, SerialTrainableGPT2, TrainableGPT2, Trainer, TrainingOptions, TrainingState
 from pygpt.formats.files import atomic_file
 
 TINY = Config(maxT=16, V=50, L=1, NH=1, C=16)

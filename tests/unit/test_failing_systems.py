@@ -16,21 +16,8 @@ from limits import full_disk
 from running import contents
 from targets import ONE, weights
 
-from pygpt import (
-    Checkpoint,
-    DataLoader,
-    DebugState,
-    Example,
-    PyGPTError,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    write_checkpoint,
-    write_debug_state,
-    write_examples,
-    write_tokenizer,
-    write_tokens,
-)
+import pygpt
+from pygpt import Trainer, TrainingOptions, write_checkpoint, write_debug_state, write_examples, write_tokenizer, write_tokens
 from pygpt.formats.huggingface import write_model
 
 CALLS = ("open", "fdopen", "fsync", "mkdir", "replace")  # of os
@@ -41,15 +28,15 @@ TRIES = 12  # more than any writer makes of one call
 
 
 def save_state(path: Path) -> None:
-    with TrainableGPT2.random(ONE, seed=1, threads=1) as engine:
-        Trainer(engine, DataLoader(np.arange(40) % 5, 1, 3), TrainingOptions()).save(path)
+    with pygpt.TrainableGPT2.random(ONE, seed=1, threads=1) as engine:
+        Trainer(engine, pygpt.DataLoader(np.arange(40) % 5, 1, 3), TrainingOptions()).save(path)
 
 
 def save_folder(path: Path) -> None:
     source = path.with_name(path.name + ".source")
     write_checkpoint(source, ONE, weights(ONE))
     try:
-        with Checkpoint(source) as checkpoint:
+        with pygpt.Checkpoint(source) as checkpoint:
             write_model(str(path), checkpoint, checkpoint.format)
     finally:
         source.unlink()
@@ -59,9 +46,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "checkpoint": lambda path: write_checkpoint(path, ONE, weights(ONE)),
     "tokens": lambda path: write_tokens(path, [1, 2, 3]),
     "vocabulary": lambda path: write_tokenizer(path, [b"a", b"b"], 1),
-    "examples": lambda path: write_examples(path, [Example(0, 1, [1], [[2], [3], [4], [5]])]),
+    "examples": lambda path: write_examples(path, [pygpt.Example(0, 1, [1], [[2], [3], [4], [5]])]),
     "debug state": lambda path: write_debug_state(
-        path, ONE, DebugState(IDS, IDS, np.zeros((1, 2, 5), np.float32), 1.5, weights(ONE))
+        path, ONE, pygpt.DebugState(IDS, IDS, np.zeros((1, 2, 5), np.float32), 1.5, weights(ONE))
     ),
     "training state": save_state,
     "folder": save_folder,
@@ -123,6 +110,6 @@ def test_a_disk_that_fills_up(writer: tuple[Callable[[Path], Any], dict[str, byt
     write, made = writer
     (tmp_path / "place").mkdir()
     for size in (0, 100, 1000, max(map(len, made.values())) - 1):
-        with full_disk(size), pytest.raises((OSError, PyGPTError)):
+        with full_disk(size), pytest.raises((OSError, pygpt.PyGPTError)):
             write(tmp_path / "place" / "file")
         assert contents(tmp_path / "place") == {}

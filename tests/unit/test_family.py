@@ -10,10 +10,11 @@ import numpy as np
 import oracle
 import pytest
 import record_family as family
+from known import instruction_set
 from make_checkpoint import make
 
 from pygpt import GPT2, CheckpointError, Config, InputError, SerialGPT2, SerialTrainableGPT2
-from pygpt._kernels import cpu_info, select_isa
+from pygpt._kernels import cpu_info
 from pygpt.commands.convert import main as convert
 from pygpt.commands.quantize import main as quantize
 from pygpt.config import ACTIVATIONS
@@ -352,20 +353,16 @@ def test_other_names_of_dimensions() -> None:
 
 def test_the_bits_do_not_depend_on_the_instruction_set(tmp_path: Path) -> None:
     """Every instruction set with fused multiply-add gives one set of bits, for each activation, forward and backward."""
-    before = cpu_info()
-    assert before["fused"]
-    try:
-        for activation in ACTIVATIONS:
-            varied = {"activation_function": activation, "n_inner": 50}
-            hf.make_model(tmp_path / activation, raw(family.tensors(**varied)), settings(**varied))
-            found = set()
-            for isa in before["available"]:
-                select_isa(isa)
+    assert cpu_info()["fused"]
+    for activation in ACTIVATIONS:
+        varied = {"activation_function": activation, "n_inner": 50}
+        hf.make_model(tmp_path / activation, raw(family.tensors(**varied)), settings(**varied))
+        found = set()
+        for isa in cpu_info()["available"]:
+            with instruction_set(isa):
                 if cpu_info()["fused"]:
                     with TrainableGPT2.load(tmp_path / activation) as trained:
                         trained.forward([family.PROMPT], [family.PROMPT])
                         trained.backward()
                         found.add((logits_of(str(tmp_path / activation)).tobytes(), trained.gradients.tobytes()))
-            assert len(found) == 1, activation
-    finally:
-        select_isa(before["isa"])
+        assert len(found) == 1, activation

@@ -1,7 +1,6 @@
 """tools/fuzz.py by a planted mistake: the input is saved, and tried again by --input."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from random import Random
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import targets_json as targets
+from running import execute
 
 FILE = Path(__file__).parents[2] / "tools" / "fuzz.py"
 
@@ -50,5 +50,5 @@ def test_every_target_has_a_corpus(fuzz: Any) -> None:
 
 def test_bad_arguments() -> None:
     for words, text in ((["nothing"], "target 'nothing' is unknown"), (["--input", "x"], "--input needs exactly one TARGET")):
-        done = subprocess.run([sys.executable, str(FILE), *words], capture_output=True, text=True, timeout=60)
+        done = execute([sys.executable, str(FILE), *words], timeout=60)
         assert (done.returncode, text in done.stderr) == (2, True)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
-from running import assert_refuses_and_keeps, gist
+from running import assert_refuses_and_keeps, execute, gist
 
 from pygpt.commands.convert import main
 from pygpt.config import Config
@@ -34,13 +33,6 @@ from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safet
 Tensors = dict[str, Raw]
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def tensors(dtype: str = "F32", **changes: Any) -> Tensors:
@@ -415,10 +407,7 @@ def test_an_index_cannot_point_elsewhere(folder: Path, capsys: pytest.CaptureFix
     [
         (lambda places: places.pop("wpe.weight"), "'wpe.weight' ... model-00002-of-00002.safetensors"),
         (lambda places: places.update({"h.9.x": "model-00001-of-00002.safetensors"}), "'h.9.x' ... model-00001-of"),
-        (
-            lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}),
-            "'wpe.weight' ... model-00001-of",
-        ),
+        (lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}), "'wpe.weight' ... model-00001-of"),
         (lambda places: places.update({"wpe.weight": "model-00003-of-00003.safetensors"}), "model-00003-of-00003.safetensors"),
         (lambda places: places.update({"wpe.weight": 3}), "weight_map"),
         (lambda places: places.clear(), "weight_map"),
@@ -561,10 +550,7 @@ def test_every_damage_is_refused(tmp_path_factory: pytest.TempPathFactory, data:
 
 def test_values_that_do_not_fill_their_shapes(tmp_path: Path) -> None:
     for count in (5, 7):
-        with (
-            (tmp_path / "x").open("wb") as file,
-            pytest.raises(InputError, match=f"{count} values.* 6$"),
-        ):
+        with (tmp_path / "x").open("wb") as file, pytest.raises(InputError, match=f"{count} values.* 6$"):
             write_safetensors(file, "F32", [("a", (2, 3))], iter([np.zeros(count, np.float32)]))
 
 
@@ -730,7 +716,5 @@ assert main(["m.safetensors", "a.bin", "--heads", "1"]) == 0
 assert main(["a.bin", "model/"]) == 0
 assert main(["a.bin", "b.bin"]) == 0
 """
-    done = subprocess.run(
-        [sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
-    )
+    done = execute([sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from decimal import Decimal
@@ -16,26 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import SHAPE, make_model
+from running import execute
 
-from pygpt import (
-    GPT2,
-    Config,
-    DataError,
-    DataLoader,
-    InputError,
-    SerialGPT2,
-    SerialTrainableGPT2,
-    ThreadPool,
-    Tokenizer,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    open_state,
-    read_text,
-    split,
-    tokens_of_text,
-    write_tokens,
-)
+import pygpt
+from pygpt import GPT2, DataError, DataLoader, InputError, Tokenizer, TrainingOptions, read_text, split, tokens_of_text
 from pygpt.errors import check_flag, check_number, check_whole, is_whole, real, sequence, whole
 from pygpt.formats.open import open_model
 from pygpt.formats.text import encode_file, given_text, read_documents, tokens_and_labels
@@ -162,12 +145,12 @@ def test_every_whole_number_is_a_whole_number(model: GPT2, tmp_path: Path, kind:
     assert (cache.copy(kind(2), capacity=kind(4)).length, cache.capacity) == (2, 9)
     cache.truncate(kind(1))
     assert cache.length == 1
-    assert Config(maxT=kind(8), V=kind(9), L=kind(1), NH=kind(2), C=kind(4)) == Config(maxT=8, V=9, L=1, NH=2, C=4)
+    assert pygpt.Config(maxT=kind(8), V=kind(9), L=kind(1), NH=kind(2), C=kind(4)) == pygpt.Config(maxT=8, V=9, L=1, NH=2, C=4)
     loader = DataLoader(np.arange(40), kind(2), kind(3), shuffle_seed=kind(5), V=kind(100))
     json.dumps(loader.state())
     assert [len(part) for part in split(np.arange(40), val_tokens=kind(4))] == [36, 4]
     json.dumps(TrainingOptions(steps=kind(4), warmup=kind(2), accumulate=kind(2)).as_dict())
-    with ThreadPool(kind(2)) as pool:
+    with pygpt.ThreadPool(kind(2)) as pool:
         assert pool.nth == 2
 
 
@@ -266,11 +249,15 @@ def test_unknown_options_name_the_near_ones(model: GPT2) -> None:
 
 
 def test_what_cannot_be_copied_says_what_to_do(path: str, model: GPT2, tmp_path: Path) -> None:
-    with TrainableGPT2.load(path, threads=1) as engine, SerialTrainableGPT2.load(path) as serial, SerialGPT2.load(path) as slow:
-        trainer = Trainer(engine, DataLoader(np.arange(50), 1, 4), TrainingOptions(steps=1))
+    with (
+        pygpt.TrainableGPT2.load(path, threads=1) as engine,
+        pygpt.SerialTrainableGPT2.load(path) as serial,
+        pygpt.SerialGPT2.load(path) as slow,
+    ):
+        trainer = pygpt.Trainer(engine, DataLoader(np.arange(50), 1, 4), TrainingOptions(steps=1))
         trainer.save(tmp_path / "s.state")
-        state, _ = open_state(tmp_path / "s.state")
-        with state, open_model(path) as file, ThreadPool(1) as pool:
+        state, _ = pygpt.open_state(tmp_path / "s.state")
+        with state, open_model(path) as file, pygpt.ThreadPool(1) as pool:
             things = [model, model.network, model.engine(), model.new_prefix_cache(), slow, slow.network, engine, serial]
             for thing in [*things, trainer, state, file, pool]:
                 for act in (copy.copy, copy.deepcopy, pickle.dumps):
@@ -280,7 +267,7 @@ def test_what_cannot_be_copied_says_what_to_do(path: str, model: GPT2, tmp_path:
 
 @pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
 def test_what_can_be_copied_is_independent(tmp_path: Path, act: Callable[[Any], Any]) -> None:
-    write_tokens(tmp_path / "a.bin", np.arange(50))
+    pygpt.write_tokens(tmp_path / "a.bin", np.arange(50))
     for source in (np.arange(50), str(tmp_path / "a.bin")):
         loader = DataLoader(source, 2, 3, shuffle_seed=1)
         loader.next_batch()
@@ -298,7 +285,7 @@ def test_what_can_be_copied_is_independent(tmp_path: Path, act: Callable[[Any], 
 
 
 def test_the_serial_cache_is_copied(path: str) -> None:
-    with SerialGPT2.load(path) as slow:
+    with pygpt.SerialGPT2.load(path) as slow:
         cache = slow.network.new_cache()
         slow.network.step([(1, cache, False), (2, cache, True)])
         twin = copy.copy(cache)
@@ -323,5 +310,5 @@ def test_types_accept_arrays(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "use.py").write_text(TYPED)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "c"), "use.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    done = execute(command, cwd=tmp_path, timeout=110)
     assert done.returncode == 0, done.stdout

@@ -12,28 +12,8 @@ import pytest
 from make_checkpoint import make
 from safetensors.numpy import load_file, save_file
 
-from pygpt import (
-    GPT2,
-    CheckpointError,
-    ClosedError,
-    InputError,
-    Logit,
-    SparseAutoencoder,
-    TrainableGPT2,
-    ablate_heads,
-    attribution_patching,
-    heat_map,
-    induction_scores,
-    logit_attribution,
-    logit_lens,
-    loss_by_position,
-    mean_loss,
-    named_activations,
-    patch_activations,
-    save_activations,
-    text_table,
-    their_names,
-)
+import pygpt
+from pygpt import GPT2, InputError, Logit, SparseAutoencoder, TrainableGPT2, patch_activations, save_activations, text_table
 from pygpt.config import VARIATIONS, Config
 
 SHAPE = {"L": 3, "NH": 2, "C": 16, "V": 97, "maxT": 24}
@@ -77,17 +57,17 @@ def with_stream(weights: dict[str, Array], config: Config, stream: Array, first:
 
 
 def test_the_lens_is_each_residual_through_the_last_layernorm_and_the_head(model: GPT2, weights: dict[str, Array]) -> None:
-    found = logit_lens(model, IDS)
+    found = pygpt.logit_lens(model, IDS)
     known = acts(weights, model)
     streams = np.concatenate([known["encoded"][None], known["residual3"]])
     np.testing.assert_allclose(found, [with_stream(weights, model.config, x, SHAPE["L"]) for x in streams], atol=ROUNDING)
     assert np.array_equal(found[-1], model.logits(IDS))
-    assert np.array_equal(logit_lens(model, iter(IDS), positions=iter([2, 6])), found[:, [2, 6]])
+    assert np.array_equal(pygpt.logit_lens(model, iter(IDS), positions=iter([2, 6])), found[:, [2, 6]])
 
 
 @pytest.mark.parametrize("logit", [Logit(11), Logit(11, against=40), Logit(0, 96, 3), Logit(7, 7, -7)])
 def test_a_logit_is_the_sum_of_its_parts(model: GPT2, weights: dict[str, Array], logit: Logit) -> None:
-    parts = logit_attribution(model, IDS, logit)
+    parts = pygpt.logit_attribution(model, IDS, logit)
     assert {name: part.shape for name, part in parts.items()} == {"embedding": (), "heads": (3, 2), "mlps": (3,), "rest": ()}
     assert sum(part.sum() for part in parts.values()) == pytest.approx(logit(model.logits(IDS)), abs=ROUNDING)
 
@@ -113,7 +93,7 @@ def test_a_logit_is_the_sum_of_its_parts(model: GPT2, weights: dict[str, Array],
 @pytest.mark.parametrize("weights_format", ["q8_0", "q4_0"])
 def test_the_parts_of_quantised_models(path: str, weights_format: str) -> None:
     with GPT2.load(path, weights=weights_format) as model:
-        parts, logits = logit_attribution(model, IDS, Logit(11, 40)), model.logits(IDS)
+        parts, logits = pygpt.logit_attribution(model, IDS, Logit(11, 40)), model.logits(IDS)
     assert sum(part.sum() for part in parts.values()) == pytest.approx(
         Logit(11, 40)(logits), abs=0.02 * float(np.abs(logits).max())
     )
@@ -124,25 +104,25 @@ def test_the_parts_of_a_relative_with_its_own_head() -> None:
     assert config.variations.keys() <= VARIATIONS.keys()
     with TrainableGPT2.random(config, seed=1) as engine, engine.model() as model:
         engine.tensor("lnfw")[:] = np.linspace(-3, 3, 16)
-        parts = logit_attribution(model, [1, 2, 3], Logit(4))
+        parts = pygpt.logit_attribution(model, [1, 2, 3], Logit(4))
         assert sum(part.sum() for part in parts.values()) == pytest.approx(Logit(4)(model.logits([1, 2, 3])), abs=1e-6)
 
 
 def test_the_loss_by_position(model: GPT2, weights: dict[str, Array]) -> None:
     probs = oracle.softmax(acts(weights, model)["logits"])
     expected = -np.log(probs[np.arange(len(IDS) - 1), IDS[1:]])
-    found = loss_by_position(model, IDS)
+    found = pygpt.loss_by_position(model, IDS)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert mean_loss(IDS)(model.logits(IDS)) == pytest.approx(found.mean())
-    for metric in loss_by_position, ablate_heads:
+    assert pygpt.mean_loss(IDS)(model.logits(IDS)) == pytest.approx(found.mean())
+    for metric in pygpt.loss_by_position, pygpt.ablate_heads:
         with pytest.raises(InputError, match="at least 2"):
             metric(model, [1])
     logits: Any = model.logits(IDS)
     for other in (np.asfortranarray(logits), logits.astype(float).repeat(2, axis=0)[::2], logits[:-1]):
-        assert mean_loss(IDS)(other) == mean_loss(IDS)(logits)
+        assert pygpt.mean_loss(IDS)(other) == pygpt.mean_loss(IDS)(logits)
     for few, named in ((logits[:3], "position is 3: .*2"), (logits[:, :40], "token is 96: .*39")):
         with pytest.raises(InputError, match=named):
-            mean_loss(IDS)(few)
+            pygpt.mean_loss(IDS)(few)
     last = model.activations(IDS, "residual3")["residual3"][-1, -1]
     assert np.array_equal(model.logits_of(last), model.logits(IDS)[-1:])
     assert Logit(11)(model.logits_of(last)[0]) == Logit(11)(model.logits(IDS))
@@ -159,10 +139,10 @@ def test_induction_scores_of_patterns_made_by_hand() -> None:
         patterns[0, 1, t, max(t - 1, 0)] = 1
         patterns[0, 2, t, : t + 1] = 1 / (t + 1)
     uniform = sum(1 / (t + 1) for t in range(period, T)) / (T - period)
-    np.testing.assert_allclose(induction_scores(patterns, period), [[1.0, 0.0, uniform]], rtol=1e-6)
+    np.testing.assert_allclose(pygpt.induction_scores(patterns, period), [[1.0, 0.0, uniform]], rtol=1e-6)
     for wrong in (0, T, 2.5):
         with pytest.raises(InputError, match=f"period is {wrong}.*from 1 to 8"):
-            induction_scores(patterns, wrong)  # type: ignore[arg-type]
+            pygpt.induction_scores(patterns, wrong)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +150,7 @@ def test_induction_scores_of_patterns_made_by_hand() -> None:
 
 
 def test_ablation_of_a_head_is_a_network_without_its_output(model: GPT2, weights: dict[str, Array]) -> None:
-    found = ablate_heads(model, IDS, Logit(11, 40))
+    found = pygpt.ablate_heads(model, IDS, Logit(11, 40))
     plain = acts(weights, model)["logits"]
     for layer in range(3):
         for head in range(2):
@@ -179,7 +159,7 @@ def test_ablation_of_a_head_is_a_network_without_its_output(model: GPT2, weights
             changed = acts(without, model)["logits"]
             expected = (changed[-1, 11] - changed[-1, 40]) - (plain[-1, 11] - plain[-1, 40])
             assert found[layer, head] == pytest.approx(expected, abs=ROUNDING)
-    losses = ablate_heads(model, IDS)
+    losses = pygpt.ablate_heads(model, IDS)
     assert losses.shape == (3, 2)
     assert np.isfinite(losses).all()
     assert np.any(losses != 0)
@@ -218,7 +198,7 @@ def test_refused_patches(model: GPT2) -> None:
         (Logit(1, 2, 7), "position is 7.*-7 to 6"),
     ]:
         with pytest.raises(InputError, match=words):
-            logit_attribution(model, IDS, logit)
+            pygpt.logit_attribution(model, IDS, logit)
         with pytest.raises(InputError, match=words):
             logit(model.logits(IDS))
 
@@ -284,7 +264,7 @@ def test_refused_gradients(path: str) -> None:
 def test_attribution_patching_is_the_first_order_of_patching(path: str, weights: dict[str, Array], model: GPT2) -> None:
     logit = Logit(11, 40)
     with TrainableGPT2.load(path) as engine:
-        found = attribution_patching(engine, IDS, OTHERS, logit)
+        found = pygpt.attribution_patching(engine, IDS, OTHERS, logit)
     clean, corrupt = (acts(weights, model, ids)["residual3"] for ids in (IDS, OTHERS))
     for layer in range(3):
         for at in range(7):
@@ -347,13 +327,13 @@ def test_refused_autoencoders(tmp_path: Path) -> None:
         {"W_enc": np.zeros((0, 0), np.float32)},
     ):
         save_file(tensors | wrong, file)
-        with pytest.raises(CheckpointError, match=r"W_enc \(C, F\)"):
+        with pytest.raises(pygpt.CheckpointError, match=r"W_enc \(C, F\)"):
             SparseAutoencoder.load(file)
     save_file({name: array for name, array in tensors.items() if name != "b_dec"}, file)
-    with pytest.raises(CheckpointError, match="b_dec"):
+    with pytest.raises(pygpt.CheckpointError, match="b_dec"):
         SparseAutoencoder.load(file)
     file.write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="safetensors"):
+    with pytest.raises(pygpt.CheckpointError, match="safetensors"):
         SparseAutoencoder.load(file)
     sae = SparseAutoencoder(**tensors)
     with pytest.raises(InputError, match=r"shape \(2, 15\).* 16 channels"):
@@ -374,8 +354,8 @@ def test_refused_autoencoders(tmp_path: Path) -> None:
 
 
 def test_their_names(model: GPT2, weights: dict[str, Array]) -> None:
-    known, names = acts(weights, model), their_names(3)
-    found = named_activations(model, IDS, names)
+    known, names = acts(weights, model), pygpt.their_names(3)
+    found = pygpt.named_activations(model, IDS, names)
     assert found.keys() == names.keys()
     streams = [known["encoded"], *known["residual3"]]
     for layer in range(3):
@@ -401,10 +381,10 @@ def test_their_names(model: GPT2, weights: dict[str, Array]) -> None:
         np.testing.assert_allclose(found[f"hidden_states.{layer}"], streams[layer], atol=ROUNDING)
     for name in ("ln_final.hook_normalized", "hidden_states.3"):
         np.testing.assert_allclose(found[name], known["lnf"], atol=ROUNDING)
-    assert list(named_activations(model, IDS, "ln_final.hook_normalized")) == ["ln_final.hook_normalized"]
+    assert list(pygpt.named_activations(model, IDS, "ln_final.hook_normalized")) == ["ln_final.hook_normalized"]
     for name in ("hook_embed", "blocks.0.ln1.hook_scale", "blocks.3.hook_resid_post", "hidden_states.4"):
         with pytest.raises(InputError, match=f"activation '{name}' has no equal"):
-            named_activations(model, IDS, [name])
+            pygpt.named_activations(model, IDS, [name])
 
 
 def test_activations_are_saved(tmp_path: Path, model: GPT2) -> None:
@@ -433,7 +413,7 @@ def test_weights_are_read_until_the_model_is_closed(path: str, weights: dict[str
         for row in (0, 15, 16, 96):
             assert np.array_equal(tensors.row("wte", row), weights["wte"][row])
         assert np.array_equal(tensors.row("lnfb", 0), weights["lnfb"])
-    with pytest.raises(ClosedError, match="closed"):
+    with pytest.raises(pygpt.ClosedError, match="closed"):
         model.network.tensors()
 
 
@@ -451,10 +431,10 @@ def test_tables_fit_100_columns() -> None:
 def test_heat_maps(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     rows, columns = [f"layer {i}" for i in range(3)], [f"'\\n{i}'" for i in range(120)]
-    heat_map(np.arange(-180.0, 180).reshape(3, 120), tmp_path / f"p.{ending}", rows=rows, columns=columns, title="a < b")
+    pygpt.heat_map(np.arange(-180.0, 180).reshape(3, 120), tmp_path / f"p.{ending}", rows=rows, columns=columns, title="a < b")
     head = (tmp_path / f"p.{ending}").read_bytes()[:200]
     assert head.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
-    heat_map([[0.0]], tmp_path / f"q.{ending}", rows=["r"], columns=["c"], cells=[["$x"]])
+    pygpt.heat_map([[0.0]], tmp_path / f"q.{ending}", rows=["r"], columns=["c"], cells=[["$x"]])
     with pytest.raises(InputError, match=r"p\.gif.*\.svg or \.png"):
-        heat_map([[0.0]], tmp_path / "p.gif", rows=["r"], columns=["c"])
+        pygpt.heat_map([[0.0]], tmp_path / "p.gif", rows=["r"], columns=["c"])
     assert len([*tmp_path.iterdir()]) == 2

@@ -17,16 +17,8 @@ from running import gist
 
 from pygpt.config import Config
 from pygpt.errors import DataError, InputError
-from pygpt.formats.llmc import (
-    DebugState,
-    Example,
-    read_debug_state,
-    read_examples,
-    read_tokenizer,
-    write_debug_state,
-    write_examples,
-    write_tokenizer,
-)
+from pygpt.formats import llmc
+from pygpt.formats.llmc import DebugState, Example, read_debug_state, read_examples, read_tokenizer, write_tokenizer
 from pygpt.tokenizer import Tokenizer
 
 
@@ -80,7 +72,7 @@ def state_bytes(state: DebugState) -> bytes:
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (2, 3), (7, 2)])
 def test_debug_state(tmp_path: Path, B: int, T: int) -> None:
     path, state = tmp_path / "state.bin", a_state(B, T)
-    write_debug_state(path, CONFIG, state)
+    llmc.write_debug_state(path, CONFIG, state)
     assert path.read_bytes() == state_bytes(state)
     found = read_debug_state(path, CONFIG)
     os.unlink(path)
@@ -121,14 +113,8 @@ WHOLE = state_bytes(a_state())
         (header(20240327, 2, 2, -1), "B is 2 ... T is -1 ... 1 to maxT = 3"),
         (WHOLE[:-4], f"truncated: {len(WHOLE) - 4} bytes ... {len(WHOLE)} ... B = 2, T = 3 ... {CONFIG}"),
         (WHOLE + b"\0", f"too long: {len(WHOLE) + 1} bytes ... {len(WHOLE)} ... B = 2, T = 3 ... {CONFIG}"),
-        (
-            WHOLE[:1028] + struct.pack("<i", 5) + WHOLE[1032:],
-            "inputs ... token id 5 ... position 1 ... 5 ids",
-        ),
-        (
-            WHOLE[:1048] + struct.pack("<i", -1) + WHOLE[1052:],
-            "targets ... token id -1 ... position 0 ... 5 ids",
-        ),
+        (WHOLE[:1028] + struct.pack("<i", 5) + WHOLE[1032:], "inputs ... token id 5 ... position 1 ... 5 ids"),
+        (WHOLE[:1048] + struct.pack("<i", -1) + WHOLE[1052:], "targets ... token id -1 ... position 0 ... 5 ids"),
     ],
 )
 def test_other_files_than_debug_states_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -149,15 +135,12 @@ def test_other_files_than_debug_states_are_refused(tmp_path: Path, content: byte
         ({"logits": np.zeros((2, 3, 4))}, r"logits.*\(2, 3, 4\).*\(2, 3, 5\)"),
         ({"gradients": {}}, r"gradients.*\['attprojb', "),
         ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients.*\['1', "),
-        (
-            {"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}},
-            r"wpe.*\(4, 4\).*\(3, 4\)",
-        ),
+        ({"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}}, r"wpe.*\(4, 4\).*\(3, 4\)"),
     ],
 )
 def test_writing_refuses_other_shapes(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        write_debug_state(tmp_path / "state.bin", CONFIG, a_state()._replace(**change))
+        llmc.write_debug_state(tmp_path / "state.bin", CONFIG, a_state()._replace(**change))
     assert os.listdir(tmp_path) == []
 
 
@@ -202,7 +185,7 @@ def test_writing_examples(
 ) -> None:
     path = tmp_path_factory.mktemp("examples") / "a.bin"
     examples = [Example(number, *fields) for number, fields in enumerate(drawn)]
-    assert write_examples(path, iter(examples)) == len(examples)
+    assert llmc.write_examples(path, iter(examples)) == len(examples)
     assert path.read_bytes() == file_of(*(example_values(*example) for example in examples))
     assert list(read_examples(path)) == examples
 
@@ -235,10 +218,7 @@ AT = "example 0 ... byte 1024: ... "
         (file_of(changed(4, 5)), AT + "5 endings ... 4"),
         (file_of(changed(5, 0)), AT + "context ... no tokens"),
         (file_of(changed(5, 15)), AT + "context ... 15 values ... 14"),
-        (
-            file_of(changed(6, 65535)),
-            AT + "context ... token id 65535 ... position 0 ... 65535 ids",
-        ),
+        (file_of(changed(6, 65535)), AT + "context ... token id 65535 ... position 0 ... 65535 ids"),
         (file_of(changed(9, 0)), AT + "ending 0 ... no tokens"),
         (file_of(changed(16, 9)), AT + "ending 3 ... 9 values ... 3"),
         (file_of(changed(16, 2)), AT + "1 values ... ending"),
@@ -276,7 +256,7 @@ def test_examples_outside_the_vocabulary(tmp_path: Path) -> None:
 )
 def test_writing_refuses_bad_examples(tmp_path: Path, examples: list[Example], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        write_examples(tmp_path / "a.bin", examples)
+        llmc.write_examples(tmp_path / "a.bin", examples)
     assert os.listdir(tmp_path) == []
 
 
@@ -323,24 +303,12 @@ def test_a_large_file_is_refused_in_little_memory(tmp_path: Path) -> None:
     [
         (header(20240328, 3, 1), "version 3 ... 1 or 2"),
         (header(20240327, 2, 1), "magic ... 20240327 ... 20240328 ... llm.c"),
-        (
-            header(20240328, 2, 0),
-            "end of text is 0 ... V is 0 ... 1048576",
-        ),
-        (
-            header(20240328, 2, 2, 2),
-            "end of text is 2 ... V is 2 ... 1048576",
-        ),
-        (
-            header(20240328, 2, 2, -1),
-            "end of text is -1 ... V is 2 ... 1048576",
-        ),
+        (header(20240328, 2, 0), "end of text is 0 ... V is 0 ... 1048576"),
+        (header(20240328, 2, 2, 2), "end of text is 2 ... V is 2 ... 1048576"),
+        (header(20240328, 2, 2, -1), "end of text is -1 ... V is 2 ... 1048576"),
         (header(20240328, 1, 256), "V is 256 ... field 3 is 0 ... 50257 and 0"),
         (header(20240328, 2, 1 << 20) + b"\1a", "truncated ... token 1 of 1048576 ... 1027 of 1026"),
-        (
-            header(20240328, 2, (1 << 20) + 1),
-            "end of text is 0 ... V is 1048577 ... 1048576",
-        ),
+        (header(20240328, 2, (1 << 20) + 1), "end of text is 0 ... V is 1048577 ... 1048576"),
         (header(20240328, 2, 2) + b"\1a\2b", "truncated ... token 1 of 2 ... 1029 of 1028"),
         (header(20240328, 2, 1) + b"\1ab", "too long ... 1027 bytes ... 1026 ... 1 tokens"),
     ],

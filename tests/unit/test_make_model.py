@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import assert_one_line_error, gist
+from running import assert_one_line_error, execute, gist
 
 from pygpt import InputError, Tokenizer
 from pygpt.hub.find import EMBEDDED_MODEL
@@ -364,6 +364,6 @@ def test_arguments_are_refused(arguments: list[str], message: str, capfd: pytest
 def test_the_help_runs_without_pythonpath(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-W", "error", str(SCRIPT), "--help"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = execute(command, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: python tools/make_model.py [texts | train | check FILE]")

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from make_checkpoint import make
+from running import execute
 
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, cpus, default_threads
@@ -113,15 +114,8 @@ def script(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     environment.pop("PYGPT_THREADS", None)
     ignore = "-Wignore:This process:DeprecationWarning"  # Python 3.12 warns about every fork with threads
-    return subprocess.run(
-        [sys.executable, ignore, "-c", program, str(path)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        env=environment,
-        check=False,
-    )
+    words = [sys.executable, ignore, "-c", program, str(path)]
+    return execute(words, stdin=subprocess.DEVNULL, timeout=DEADLINE, env=environment)
 
 
 def succeed(code: str, path: Path, output: str = "fine\n") -> None:
@@ -1129,9 +1123,7 @@ from pygpt import GPT2
 model = GPT2.load(sys.argv[1], threads=3)
 print(threading.active_count())
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
+    result = execute([sys.executable, "-c", program, str(path)], timeout=DEADLINE)
     assert (result.returncode, result.stdout, result.stderr) == (0, "3\n1\n", "")
 
 
@@ -1157,9 +1149,7 @@ from pygpt import GPT2
 model = GPT2.load(sys.argv[1], threads=3)
 before = list(model.generate([1, 2], total=5))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
+    result = execute([sys.executable, "-c", program, str(path)], timeout=DEADLINE)
     assert (result.returncode, result.stdout, result.stderr) == (0, "fine\n", "")
 
 

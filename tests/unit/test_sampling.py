@@ -5,7 +5,6 @@ Every instruction set must give the same bits. Bad options are refused. test_ker
 test_generate.py whole completions."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ import oracle
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from known import instruction_set
 
 from pygpt import InputError, NumericalError, TokenInfo, cpu_info
-from pygpt._kernels import Floats, draw, log_probabilities, race, sample_weights, select_isa
+from pygpt._kernels import Floats, draw, log_probabilities, race, sample_weights
 from pygpt.generation.logprobs import token_info
 from pygpt.generation.sampling import Sampler
 
@@ -39,12 +39,7 @@ def weights(logits: Any, **options: Any) -> Float64:
 
 
 def expected(
-    logits: Float32,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    logits: Float32, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> tuple[Float64, float]:
     """Return the probabilities after the filters, as transformers applies them one after another, in float64; and the margin.
 
@@ -334,21 +329,14 @@ def test_recorded_draws() -> None:
     assert found == RECORDED
 
 
-@pytest.fixture
-def every_isa() -> Iterator[list[str]]:
-    before = cpu_info()["isa"]
-    yield cpu_info()["available"]
-    select_isa(before)
-
-
-def test_instruction_sets_agree(every_isa: list[str]) -> None:
+def test_instruction_sets_agree() -> None:
     """All instruction sets agree, the baseline included."""
     logits = (5 * np.random.default_rng(4).standard_normal((1, 5003))).astype(np.float32)
     found = set()
-    for isa in every_isa:
-        select_isa(isa)
-        weighed = sample_weights(logits.data, 0, **{**PLAIN, "temperature": 0.77, "top_p": 0.93})
-        found.add((np.asarray(weighed).tobytes(), repr(log_probabilities(logits.data, 0, 17, 9))))
+    for isa in cpu_info()["available"]:
+        with instruction_set(isa):
+            weighed = sample_weights(logits.data, 0, **{**PLAIN, "temperature": 0.77, "top_p": 0.93})
+            found.add((np.asarray(weighed).tobytes(), repr(log_probabilities(logits.data, 0, 17, 9))))
     assert len(found) == 1
 
 

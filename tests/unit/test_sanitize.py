@@ -5,11 +5,11 @@ That it works elsewhere it proves itself, by planted mistakes, before every run.
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import execute
 
 ROOT = Path(__file__).resolve().parents[2]
 GCC = shutil.which("gcc")
@@ -34,13 +34,7 @@ def test_without_the_runtime_library(gcc: str, said: str, tmp_path: Path) -> Non
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/gcc").write_text(f"#!/bin/sh\n{gcc}\n")
     (tmp_path / "bin/gcc").chmod(0o755)
-    done = subprocess.run(
-        [str(tmp_path / "tools/sanitize"), "--short"],
-        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    variables = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    done = execute([str(tmp_path / "tools/sanitize"), "--short"], env=variables)
     assert (done.returncode, done.stderr) == (77, f"tools/sanitize: the sanitizers do not work here: {said}\n")
     assert "tools/sanitize --short || [ $? = 77 ]" in (ROOT / ".ci/run").read_text()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from make_checkpoint import make
+from running import execute
 
 import pygpt
 from pygpt.__main__ import main
@@ -104,7 +105,7 @@ def test_a_hostile_folder_is_not_run(tmp_path: Path, argv: list[str]) -> None:
     words = [word.format(root=ROOT, model=tmp_path / "model.bin") for word in argv]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PY")}
     environment["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run([sys.executable, *words], cwd=here, env=environment, capture_output=True, text=True, timeout=60)
+    result = execute([sys.executable, *words], cwd=here, env=environment, timeout=60)
     if "--show" in words:
         assert (result.returncode, "magic number" in result.stderr) == (2, True)
     else:
@@ -126,7 +127,7 @@ def test_hostile_variables(tmp_path: Path, name: str) -> None:
         environment = {key: kept for key, kept in os.environ.items() if not key.startswith("PYGPT_")}
         environment |= {name: value, "PYTHONPATH": str(ROOT)}
         words = [sys.executable, "-m", "pygpt", "1"]
-        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        result = execute(words, cwd=tmp_path, env=environment, timeout=60)
         assert list(tmp_path.iterdir()) == []
         if name == "PYGPT_HOME":  # nothing is looked for there: no model was named
             assert result.returncode == 0
@@ -162,14 +163,8 @@ def test_a_prompt_is_data(tmp_path: Path) -> None:
         {"tokens": [1] * 200000},
     ]
     for request in bad:
-        result = subprocess.run(
-            [sys.executable, "-m", "pygpt", "-m", str(tmp_path / "model.bin"), "-"],
-            input=json.dumps(request),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        words = [sys.executable, "-m", "pygpt", "-m", str(tmp_path / "model.bin"), "-"]
+        result = execute(words, input=json.dumps(request), cwd=ROOT, timeout=60)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), request
 
 

@@ -5,7 +5,6 @@ The tests work without a network: tiktoken's loader gets the package's files ins
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import execute
 
 from pygpt import tokenizer as module
 from pygpt.errors import InputError, PyGPTError
@@ -310,10 +310,5 @@ print(Tokenizer().encode("hello there"))
 def run_python(script: str, **environment: str) -> str:
     root = str(Path(module.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    return execute([sys.executable, "-c", script], env=variables, check=True).stdout

@@ -24,29 +24,16 @@ from hypothesis import strategies as st
 from make_checkpoint import make
 from running import gist
 
-from pygpt import (
-    CheckpointError,
-    ClosedError,
-    Config,
-    DataLoader,
-    InputError,
-    NumericalError,
-    PyGPTError,
-    SerialTrainableGPT2,
-    TrainableGPT2,
-    Trainer,
-    TrainingOptions,
-    TrainingState,
-    open_state,
-)
+import pygpt
+from pygpt import CheckpointError, Config, DataLoader, InputError, TrainableGPT2, Trainer, TrainingOptions, TrainingState
 from pygpt.training import state as state_module
 from pygpt.training.parameters import cos_pi
 
 CONFIG = Config(maxT=8, V=31, L=1, NH=2, C=4)
 P = CONFIG.parameters(padded=True)
 TOKENS = np.random.default_rng(3).integers(0, 31, 200)
-ENGINES = [TrainableGPT2, SerialTrainableGPT2]
-Engine = TrainableGPT2 | SerialTrainableGPT2
+ENGINES = [TrainableGPT2, pygpt.SerialTrainableGPT2]
+Engine = TrainableGPT2 | pygpt.SerialTrainableGPT2
 HEADER_BYTES, SUM_BYTES = 1024, 32
 MB = 1 << 20
 
@@ -242,9 +229,9 @@ def test_a_loss_that_is_not_finite(kind: type[Engine], value: float) -> None:
     steps(found, 3)
     found.engine.tensor("lnfb")[:] = value
     before = contents(found), found.loader.state()
-    with pytest.raises(NumericalError, match=r"^step 3: .*loss is (nan|inf) .*epoch 0, shard 0, batch 3: "):
+    with pytest.raises(pygpt.NumericalError, match=r"^step 3: .*loss is (nan|inf) .*epoch 0, shard 0, batch 3: "):
         found.step()
-    with pytest.raises(NumericalError, match=r"^step 3: .*validation loss is (nan|inf) .*epoch 0, shard 0, batch 0: "):
+    with pytest.raises(pygpt.NumericalError, match=r"^step 3: .*validation loss is (nan|inf) .*epoch 0, shard 0, batch 0: "):
         found.evaluate(DataLoader(TOKENS, 2, 8), 1)
     assert (contents(found), found.loader.state(), found.done) == (*before, 3)
 
@@ -253,7 +240,7 @@ def test_a_norm_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trainer(seed=None, accumulate=2)
     before = contents(found), found.loader.state()
     monkeypatch.setattr(found.engine, "gradient_norm", lambda: math.inf)
-    with pytest.raises(NumericalError, match=r"^step 0: .*norm is inf .*epoch 0, shard 0, batch 0: "):
+    with pytest.raises(pygpt.NumericalError, match=r"^step 0: .*norm is inf .*epoch 0, shard 0, batch 0: "):
         found.step()
     assert (contents(found), found.loader.state(), found.done) == (*before, 0)
 
@@ -509,7 +496,7 @@ def test_bad_positions(saved: tuple[bytes, Trainer], tmp_path: Path, change: Any
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
-        open_state(tmp_path / "missing.state")
+        pygpt.open_state(tmp_path / "missing.state")
     with pytest.raises(CheckpointError, match="regular file"):
         TrainingState(tmp_path)
     os.mkfifo(tmp_path / "fifo.state")
@@ -526,7 +513,7 @@ def test_a_closed_state(saved: tuple[bytes, Trainer], tmp_path: Path) -> None:
     found.close()
     healthy, other = trainer(), trainer()
     place = healthy.loader.state()
-    with pytest.raises(ClosedError, match="closed"):
+    with pytest.raises(pygpt.ClosedError, match="closed"):
         healthy.restore(found)
     assert healthy.loader.state() == place
     assert steps(healthy, 1) == steps(other, 1)
@@ -600,7 +587,7 @@ def test_both_are_damaged(tmp_path: Path) -> None:
     for name in ("run.state", "run.state.1"):
         (tmp_path / name).write_bytes(b"x" * 2000)
     with pytest.raises(CheckpointError, match=r"run\.state: magic .*; .*run\.state\.1: magic "):
-        open_state(tmp_path / "run.state")
+        pygpt.open_state(tmp_path / "run.state")
 
 
 def test_another_run_leaves_nothing_of_the_first(tmp_path: Path) -> None:
@@ -701,7 +688,7 @@ def test_a_kill_at_any_moment_leaves_one_good_state(tmp_path: Path, monkeypatch:
         except Killed:
             seen.append("killed")
         countdown = itertools.count(1000)
-        state, said = open_state(path)
+        state, said = pygpt.open_state(path)
         with state:
             assert state.progress.step in (found.done - 1, found.done)
             assert said == "" or not links
@@ -728,7 +715,7 @@ def test_a_full_disk(tmp_path: Path, small_files: Callable[[int], None], share: 
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     found.step()
     small_files(int(share * len(before["run.state"])))
-    with pytest.raises(PyGPTError, match=r"run\.state: .*File too large"):
+    with pytest.raises(pygpt.PyGPTError, match=r"run\.state: .*File too large"):
         found.save(path)
     small_files(resource.RLIM_INFINITY)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
@@ -737,7 +724,7 @@ def test_a_full_disk(tmp_path: Path, small_files: Callable[[int], None], share: 
 
 
 def test_a_folder_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(PyGPTError, match="No such file"):
+    with pytest.raises(pygpt.PyGPTError, match="No such file"):
         trainer().save(tmp_path / "missing" / "run.state")
 
 

@@ -122,12 +122,6 @@ def test_special_tokens_are_text_unless_allowed() -> None:
 # Files
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_every_file_gives_the_same_tokenizer(folder: Path) -> None:
     peer = PEERS["GPT-2's kind"]()
     mine = Tokenizer(json.loads(peer.to_str()))
