@@ -8,10 +8,10 @@ import fcntl
 import mmap
 import os
 import stat
-import tempfile
 from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from weakref import finalize
 
 from ..errors import TYPE_CHECKING, ClosedError, Closing, InputError, PyGPTError
 
@@ -40,12 +40,12 @@ class MappedFile(Closing):
     ) -> None:
         self.path, self._kind, self._refusal = path, kind, refusal
         self._copy: memoryview | None = None
-        self._fd = -1
         self._open = allocate_lock()  # view() must not map another file that got the number of this closed one
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
         except (OSError, ValueError) as error:
             raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
+        self._release = finalize(self, os.close, self._fd)  # also if close() is never called
         try:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
@@ -101,14 +101,11 @@ class MappedFile(Closing):
             return MemoryError(f"{self.path}: no room in memory for the {self._kind}: {way}")
         return self._refusal(f"{self.path}: cannot map the {self._kind}: {reason(error)}")
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the file; its views stay valid. May be called twice."""
         with self._open:
             if self._fd >= 0:
-                os.close(self._fd)
+                self._release()
                 self._fd, self._copy = -1, None
 
 
@@ -173,6 +170,8 @@ def foreign_file(start: bytes) -> str:
 
 def check_writable(path: str, *, make_folder: bool = False) -> None:
     """Raise InputError, before any work, if a file of this name cannot be written."""
+    import tempfile  # takes long to import
+
     if os.path.lexists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
     folder = os.path.dirname(os.path.realpath(path))
