@@ -65,7 +65,8 @@ class GPT2(Generator):
 
         draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights (default: one of the two, at the
         first use). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
-        Raises CheckpointError for a file that is not a model, InputError for bad threads, weights, tokenizer or draft."""
+        Raises CheckpointError for a file that is not a model, InputError for bad threads, weights or draft and for a tokenizer
+        that does not exist. A tokenizer that is not a vocabulary is refused when a text first needs it."""
         found, _ = find_model(path)
         checkpoint = open_weights(found, mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only)
         with ExitStack() as undo:

@@ -261,7 +261,10 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize(("which", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) -> None:
-    with start(*LONG) as process:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup of these tests would let the process ignore it
+    process = start(*LONG)
+    signal.signal(signal.SIGHUP, before)
+    with process:
         for line in lines_of(process):
             if line.startswith("step 2: train"):
                 assert_refused(command(*LONG, "--force"), "run.state: another process is writing it", status=1)
