@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from ..cluster import Complete
 from ..errors import InputError, PyGPTError, shown
-from ..formats.files import atomic_file
+from ..formats.files import atomic_file, is_still
 from ..formats.text import compress, is_compressed, read_lines, row_of
 from .console import Parser, Progress, command, say, whole
 from .convert import check_parent, writing
@@ -182,11 +182,12 @@ def opened(path: str) -> Iterator[IO[bytes]]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
     with open(name, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as part:
-        try:
+        alone = False
+        with suppress(OSError):
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.stat(name)  # a process that has just finished has renamed it
-        except OSError:
-            raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
+            alone = is_still(name, part)  # a process that has just finished has renamed it
+        if not alone:
+            raise PyGPTError(f"{name}: another process is writing it: wait for its end")
         try:
             yield part
         finally:

@@ -108,9 +108,10 @@ class Command:
         kept, stats = b"", ""
         for raw in self._unseen.splitlines(keepends=True):
             line = raw.decode("utf-8", "replace").rstrip()
-            if line.startswith(ERROR) or not raw.endswith(b"\n") or not (others or line.startswith(NOTICE)):
+            speed = line.startswith(NOTICE) and " tokens/s" in line  # may come with the first token: keep it for the end
+            if line.startswith(ERROR) or not raw.endswith(b"\n") or not (others or (line.startswith(NOTICE) and not speed)):
                 kept += raw
-            elif line.startswith(NOTICE) and " tokens/s" in line:
+            elif speed:
                 stats = line
             elif line not in self._shown:
                 self._shown.add(line)

@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, look, and print the result."""
     check_stdout("the result")
+    path = find_model(options.model)[0]
     if options.plot is not None:
         make_plot_folder(options.plot)
-    path = find_model(options.model)[0]
     with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
         tokenizer = tokenizer_of(model.config)
         ids = tokenizer.encode(given_text(" ".join(options.words)))

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InputError
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, ModelFile
 from ..formats.gguf import write_gguf
-from ..formats.open import blocks_of, open_model, sha256_of, write_beside
+from ..formats.open import blocks_of, open_model, sha256_of, vocabulary_beside, write_beside
 from ..formats.panels import formats_of, write_panels
 from .console import Parser, Progress, command, say
 from .convert import check_target, describe, writing
@@ -66,8 +66,8 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
                 write_gguf(target, model.config, formats, tensors)
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
-            own = model.config.tokenizer
-            if not gguf or (own is not None and not own().splits_before_space):  # a vocabulary that GGUF cannot describe
+            own, old = model.config.tokenizer, os.path.exists(vocabulary_beside(target))  # an old one would count
+            if not gguf or (own is not None and (old or not own().splits_before_space)):  # else GGUF describes it
                 write_beside(target, model.config)
 
 

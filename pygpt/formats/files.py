@@ -45,7 +45,8 @@ class MappedFile(Closing):
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
         except (OSError, ValueError) as error:
             raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
-        self._release = finalize(self, os.close, self._fd)  # also if close() is never called
+        self._release = finalize(self, os.close, self._fd)  # if close() is never called
+        self._release.atexit = False  # until the process ends, view() may need the file
         try:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
@@ -189,11 +190,11 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
 def only_writer(path: str) -> Iterator[None]:
     """Keep other processes that call this from writing `path` meanwhile. Raises PyGPTError if one does. A file system without
     locks cannot tell."""
-    name = f"{path}.lock"
+    name = f"{os.path.realpath(path)}.lock"
     with open(name, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = os.path.exists(name)  # a process that has just ended has removed the file
+            alone = is_still(name, file)
         except OSError as error:
             alone = error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
         if not alone:
@@ -201,7 +202,15 @@ def only_writer(path: str) -> Iterator[None]:
         try:
             yield
         finally:
-            os.unlink(name)
+            if is_still(name, file):
+                os.unlink(name)
+
+
+def is_still(name: str, file: "IO[bytes]") -> bool:
+    """Return whether this open file still has the name: another process may have removed or replaced it."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(name), os.fstat(file.fileno()))
+    return False
 
 
 @contextmanager

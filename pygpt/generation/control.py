@@ -6,7 +6,7 @@ batch, and rows that are checked later get the same result. A Request without th
 Refuses to leave a row without any token. Sources: Hugging Face's transformers (logits_process.py), for names, meaning and
 order; OpenAI's API reference, for the bias and for the frequency and presence penalties."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .._kernels import check_token
 from ..config import Config
@@ -54,7 +54,7 @@ class Control:
         suppressed = given.get("suppress_tokens", ())
         self._suppressed = _ids(config, "suppress_tokens", suppressed if whole(suppressed) is None else [suppressed])
         functions = given.get("logits_processor", ())
-        self._processors = [*functions] if isinstance(functions, Iterable) and not callable(functions) else [functions]
+        self._processors = [functions] if callable(functions) else listed("logits_processor", functions)
         for function in self._processors:
             if not callable(function):
                 raise InputError(f"logits_processor is {shown(function)}: it must be a function of (tokens, row), or several")

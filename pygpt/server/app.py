@@ -476,7 +476,8 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     """Return a uvicorn server for the application, without signal handlers."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 4 * CONNECTIONS if files == resource.RLIM_INFINITY else files
-    Protocol.most = max(1, min(CONNECTIONS, (files - len(os.listdir("/dev/fd"))) // 2))
+    used = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+    Protocol.most = max(1, min(CONNECTIONS, (files - used) // 2))
     limits = dict[str, Any](timeout_graceful_shutdown=grace_s, h11_max_incomplete_event_size=32768, timeout_keep_alive=KEEP_S)
     limits["backlog"] = max(1, min(BACKLOG, files // 16))  # accepted at once: several times as many are open meanwhile
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}

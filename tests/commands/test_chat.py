@@ -1037,6 +1037,13 @@ def test_stats_flag(fake: Fake) -> None:
     assert result.stderr.startswith(b"pygpt: 1 token, the first after ")
 
 
+def test_counts_that_come_with_the_whole_reply(fake: Fake) -> None:
+    fake.code("""def answer(tokens, new):
+    tell("pygpt: 2 tokens in 1.00 s, 2.0 tokens/s; 1 of 2 guessed tokens were right\\n")
+    put("71 72\\n")""")
+    assert fake.run("--stats", "hi").stderr.endswith(b" tokens/s; 1 of 2 guessed tokens were right\n")
+
+
 def test_stats_count_guesses() -> None:
     """The child writes its counts before the last token, so they are there at the end of each reply."""
     chat = ("chat", "--stats", "--sampler", "greedy", "-n", "12")

@@ -28,9 +28,9 @@ from make_checkpoint import make, to_bfloat16
 from running import gist
 
 from pygpt.config import Config
-from pygpt.errors import CheckpointError, ClosedError, InputError
+from pygpt.errors import CheckpointError, ClosedError, InputError, PyGPTError
 from pygpt.formats.checkpoint import Checkpoint, file_bytes, write_checkpoint
-from pygpt.formats.files import MappedFile
+from pygpt.formats.files import MappedFile, only_writer
 from pygpt.formats.safetensors import SafetensorsFile
 from pygpt.hub.find import EMBEDDED_MODEL, find_model
 
@@ -947,3 +947,16 @@ def test_finding_does_not_open(folder: Path) -> None:
     assert find_model() == ("gpt2_124M.bin", "folder")
     with pytest.raises(CheckpointError):
         Checkpoint("gpt2_124M.bin")
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    state, link = tmp_path / "a.state", tmp_path / "b.state"
+    state.touch()
+    link.symlink_to(state)
+    for _ in range(2):
+        with only_writer(str(state)):
+            for name in (state, link):
+                with pytest.raises(PyGPTError, match="another process is writing it"), only_writer(str(name)):
+                    pass
+            os.unlink(f"{state}.lock")  # somebody tidies up
+    assert {path.name for path in tmp_path.iterdir()} == {"a.state", "b.state"}

@@ -183,7 +183,7 @@ def test_requests_of_json_take_the_options() -> None:
         ({"bad_words_ids": ["ab"]}, "list of token ids"),
         ({"suppress_tokens": [-1]}, "-1. is not a token id"),
         ({"suppress_tokens": "ab"}, "suppress_tokens is 'ab'"),
-        ({"logits_processor": 5}, "logits_processor is 5: .*function"),
+        ({"logits_processor": 5}, "logits_processor is 5: .*list"),
         ({"logits_processor": [5]}, "logits_processor is 5: .*function"),
     ],
     ids=str,

@@ -99,9 +99,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError("--tokens and --prompt-length were both given: give one")
     options.parts = set() if "all" in options.skip else {*PARTS} - {*options.skip}
     options.stretch = [planted(given) for given in options.stretch]
-    for path in (options.trace, options.paraver):
-        if path is not None:
-            check_writable(path)
+    written = [f"{options.paraver}{ending}" for ending in (".prv", ".pcf", ".row") if options.paraver is not None]
+    for path in filter(None, [options.trace, *written]):
+        check_writable(path)
     return options
 
 
@@ -146,9 +146,9 @@ def run(options: argparse.Namespace) -> None:
     if options.compare:
         print(text.compare(*options.compare))
         return
+    path, _ = find_model(options.model)
     if options.plot:
         make_plot_folder(options.plot)
-    path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:
         report["perf"] = perf.sampled(path, task, report)

@@ -187,7 +187,8 @@ def number(text: str) -> float:
 
 
 class Stop:
-    """In a `with` block, keep the first Ctrl-C, SIGTERM or SIGHUP in `signal`. A second signal takes effect immediately."""
+    """In a `with` block, keep the first Ctrl-C, SIGTERM or SIGHUP in `signal`. A second signal, other than SIGHUP, takes effect
+    immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -205,7 +206,7 @@ class Stop:
 
     def _note(self, which: int, frame: object) -> None:
         self.signal = signal.Signals(which)
-        signal.signal(which, self._before[which])
+        signal.signal(which, signal.SIG_IGN if which == signal.SIGHUP else self._before[which])  # a terminal repeats SIGHUP
 
 
 def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
@@ -241,6 +242,7 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         if job.keep_best and output is None:
             raise InputError("--keep-best saves a model beside that of --out: give --out")
     else:
+        begun = os.stat(options.resume).st_ino if os.path.exists(options.resume) else None
         state, notice = open_state(options.resume)
         stack.enter_context(state)
         say(notice)
@@ -255,6 +257,8 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
             check_writable(output.model)
             check_writable(output.state)
             stack.enter_context(only_writer(output.state))
+            if state is not None and os.stat(options.resume).st_ino != begun:
+                raise PyGPTError(f"{options.resume}: another process has just written it: run the command again")
         prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
     kind = ENGINES[job.reference]
