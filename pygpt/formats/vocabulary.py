@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import DataError, InputError, shown
+from ..errors import DataError, InputError, is_whole, shown
 from ..tokenizer import END_OF_TEXT, FLAGS, NEVER, Tokenizer, merged, spelled, vocabulary_of
 from .files import GGUF_MAGIC, atomic_file, begins_with, small_file
 from .safetensors import parse_object
@@ -25,11 +25,13 @@ EACH_CHARACTER = r"[\s\S]"
 def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tokenizer:
     """Return the tokenizer of a folder or file: tokenizer.json, vocab.json or merges.txt, llm.c's .bin, .gguf, .safetensors.
 
-    V: the model's ids; those beyond the vocabulary decode to placeholders. Raises InputError for any other file, and for a
-    vocabulary of more than V ids."""
+    V: the model's ids; those beyond the vocabulary decode to placeholders. Added tokens beyond the model's ids, such as one for
+    padding, are left out. Raises InputError for any other file, and for a vocabulary of more than V ids."""
     path = os.fspath(path)
     try:
-        return Tokenizer(read_vocabulary(path, V), V=V)
+        found = read_vocabulary(path, V)
+        added = [token for token in found.get("added_tokens") or () if V is None or not is_whole(token["id"], V, 1 << 62)]
+        return Tokenizer(found | {"added_tokens": added}, V=V)
     except InputError as error:
         raise (error if str(error).startswith((path, repr(path))) else InputError(f"{path}: {error}")) from None
     except (LookupError, TypeError, AttributeError) as error:

@@ -232,6 +232,12 @@ def test_added_tokens_for_which_the_model_has_no_row_are_left_out(folder: Path, 
     other_folder(two=True, **files)
     assert load_tokenizer(".", V=10).known == 10  # <|user|>, but not foo
     assert load_tokenizer(".", V=9).known == 9
+    write_vocabulary(
+        "own.json", load_tokenizer(".").vocabulary()
+    )  # as transformers writes a token for padding into tokenizer.json
+    assert load_tokenizer("own.json", V=10).known == 10
+    with pytest.raises(InputError, match="9 ids, and the model 7"):  # <s> is in the vocabulary itself
+        load_tokenizer("own.json", V=7)
 
 
 @pytest.mark.parametrize("two", [True, False])
