@@ -275,7 +275,8 @@ class _Encoding:
         if None not in found:
             return found  # type: ignore[return-value]
         if self._unknown is None:
-            wrong = next(char for char in text if any(self._ids[byte] is None for byte in char.encode("utf-8", "replace")))
+            lacks = (char for char in text if any(self._ids[byte] is None for byte in char.encode("utf-8", "replace")))
+            wrong = next(lacks, "\ufffd")  # which stands for half of a surrogate pair
             raise InputError(f"the model's vocabulary has no {wrong!r}: leave this character out of the text")
         ids: list[int] = []
         for i, token in enumerate(found):

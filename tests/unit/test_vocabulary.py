@@ -391,6 +391,8 @@ def test_characters(play: str) -> None:
     assert peer.decode(ids) == play
     with pytest.raises(InputError, match="has no 'Q'"):
         mine.encode("Quite")
+    with pytest.raises(InputError, match="has no '\ufffd'"):  # '?' is there, which str.encode() puts in its place
+        Tokenizer(characters_of(["?a"])).encode("a\ud800")
     assert Tokenizer(characters_of(["\n !aZ"])).V == 5  # as many ids as characters, if each is one byte
 
 
